@@ -1,0 +1,128 @@
+"""Checkpoints: plain tensors and numbers, written so that a crash never leaves a bad file behind.
+
+A file is what torch.save writes plus a zip comment that holds the sha256 of all bytes before it, so
+torch.load(path, weights_only=True) reads it and every damaged byte is found. `latest.pt` is the
+newest, `previous.pt` the one before, `best.pt` the best by FID.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+from edm_networks import EDMPrecond
+from errors import RunFailed, UserError
+
+FORMAT = 1
+DIGEST = 64                      # hexadecimal digits of a sha256
+
+
+class DamagedCheckpoint(UserError):
+    """The file is not what was written."""
+
+
+def file_digest(path, length=None):
+    """sha256 of a file's first `length` bytes, of all without it."""
+    digest, left = hashlib.sha256(), os.path.getsize(path) if length is None else length
+    with open(path, "rb") as file:
+        while left and (chunk := file.read(min(left, 1 << 24))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def sync_folder(folder):
+    """Flush a rename to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path, write):
+    """write(temporary path), flush, rename: `path` is either the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror or error}; what was there before "
+                        "is intact") from error
+    except RuntimeError as error:           # torch's zip writer reports a full disk this way
+        raise RunFailed(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before "
+                        "is intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path, payload):
+    def write(temporary):
+        torch.save({"format": FORMAT, **payload}, temporary)
+        with open(temporary, "rb+") as file:        # the last two bytes are the comment's length
+            file.seek(-2, os.SEEK_END)
+            file.write(DIGEST.to_bytes(2, "little"))
+        digest = file_digest(temporary)
+        with open(temporary, "ab") as file:
+            file.write(digest.encode())
+
+    write_atomically(path, write)
+
+
+def load(path, device="cpu"):
+    """The payload of `path`, or DamagedCheckpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        length = path.stat().st_size - DIGEST
+        with open(path, "rb") as file:
+            file.seek(max(length, 0))
+            written = file.read()
+        if length <= 0 or file_digest(path, length) != written.decode("ascii", "replace"):
+            raise DamagedCheckpoint(f"{path} is damaged or not one of our checkpoints "
+                                    "(its checksum does not match); use another copy")
+        payload = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{path} is not a checkpoint of format {FORMAT}")
+    return payload
+
+
+def save_latest(folder, payload):
+    """Keep the last two: latest.pt becomes previous.pt."""
+    latest, previous = Path(folder) / "latest.pt", Path(folder) / "previous.pt"
+    fresh = latest.with_name("newest.pt")
+    save(fresh, payload)
+    if latest.exists():
+        os.replace(latest, previous)
+    os.replace(fresh, latest)
+    sync_folder(folder)
+
+
+def load_latest(folder, device="cpu", say=print):
+    """The newest undamaged checkpoint of a run, None if there is none at all."""
+    # A crash between the renames of save_latest leaves newest.pt beside previous.pt.
+    candidates = [p for p in (Path(folder) / name for name in ("newest.pt", "latest.pt", "previous.pt"))
+                  if p.exists()]
+    for path in candidates:
+        try:
+            return load(path, device)
+        except DamagedCheckpoint as error:
+            say(f"warning: {error}")
+    if candidates:
+        raise UserError(f"no undamaged checkpoint in {folder}; move the folder away to start afresh")
+    return None
+
+
+def network_from(payload, weights="ema"):
+    """The network of a payload, with one of its sets of weights, in evaluation mode."""
+    network = EDMPrecond(**payload["network"])
+    network.load_state_dict(payload[weights], strict=True)
+    return network.eval()

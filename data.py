@@ -1,0 +1,247 @@
+"""Real images, and the teacher's noise-image pairs.
+
+Only DMD's regression, DMD2's GAN, stage 0 and references need this file: PMDD, SiD and DMD2 without
+GAN never import it.
+"""
+
+import io
+import json
+import tarfile
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import distributed
+from checkpoint import write_atomically
+from errors import UserError
+from models import sample_heun, sample_seeds
+from pretrained import fetch
+
+DIGITS = Path(__file__).parent / "assets" / "digits.npz"
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+CIFAR10_SHAPE, CIFAR10_RECORD = (3, 32, 32), 1 + 3 * 32 * 32
+
+
+class Images:
+    """uint8 images [C,H,W] with classes; `read(index)` gives one image of a folder or zip."""
+
+    def __init__(self, name, shape, labels, read, label_dim):
+        self.name, self.shape, self.labels, self.read = name, shape, labels, read
+        self.label_dim = label_dim
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, indices):
+        """uint8 [B,C,H,W] and classes int64 [B] (zeros where there are none)."""
+        pixels = np.stack([self.read(int(i)) for i in indices])
+        return torch.from_numpy(pixels), torch.from_numpy(self.labels[np.asarray(indices)])
+
+    def batches(self, size):
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
+
+def open_images(source, cache=None):
+    """ "digits", "cifar10" (the published archive), or a path: archive, folder or zip."""
+    if source == "digits":
+        return digits()
+    path = fetch("cifar10", cache) if source == "cifar10" else Path(source)
+    if not path.exists():
+        raise UserError(f"no images at {path}: give digits, cifar10, a folder, a zip, or CIFAR-10's "
+                        "binary archive")
+    if path.is_dir():
+        return folder_or_zip(path)
+    return folder_or_zip(path) if zipfile.is_zipfile(path) else cifar10(path)
+
+
+def digits():
+    """1,797 handwritten digits, 8x8, 0..16 as published, here 0..255."""
+    with np.load(DIGITS, allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"].astype(np.int64)
+    pixels = np.round(images.astype(np.float64) * 255 / 16).astype(np.uint8)[:, None]
+    return Images("digits", (1, 8, 8), labels, pixels.__getitem__, 10)
+
+
+def cifar10(path):
+    """The training set in the published binary archive: records of one label and 3072 pixels."""
+    parts = []
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:                      # one pass over the compressed stream
+                if member.isfile() and Path(member.name).name.startswith("data_batch"):
+                    parts.append((member.name, archive.extractfile(member).read()))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not CIFAR-10's binary archive or is damaged: {error}") from error
+    if not parts:
+        raise UserError(f"{path} holds no data_batch files; wanted: cifar-10-binary.tar.gz")
+    for name, part in parts:
+        if not part or len(part) % CIFAR10_RECORD:
+            raise UserError(f"{path}: {name} has {len(part)} bytes, not a multiple of {CIFAR10_RECORD}")
+    records = np.frombuffer(b"".join(part for _, part in sorted(parts)), np.uint8)
+    records = records.reshape(-1, CIFAR10_RECORD)
+    if records[:, 0].max() > 9:
+        raise UserError(f"{path}: class {records[:, 0].max()} is out of range; allowed: 0 to 9")
+    pixels = records[:, 1:].reshape(-1, *CIFAR10_SHAPE)
+    return Images("cifar10", CIFAR10_SHAPE, records[:, 0].astype(np.int64), pixels.__getitem__, 10)
+
+
+def folder_or_zip(path):
+    """Images in EDM's layout: any folders, classes in dataset.json {"labels": [[name, class], ...]}."""
+    if path.is_dir():
+        names = sorted(str(p.relative_to(path)) for p in path.rglob("*")
+                       if p.suffix.lower() in IMAGE_FILES)
+
+        def read_bytes(name):
+            return (path / name).read_bytes()
+
+        has_labels = (path / "dataset.json").is_file()
+    else:
+        archive = zipfile.ZipFile(path)                 # opened once, kept open
+        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_FILES)
+        read_bytes, has_labels = archive.read, "dataset.json" in archive.namelist()
+    if not names:
+        raise UserError(f"no images in {path}; wanted: {', '.join(IMAGE_FILES)}")
+    labels = read_labels(path, names, read_bytes) if has_labels else None
+    label_dim = 0 if labels is None else int(labels.max()) + 1
+    first = decode(path, names[0], read_bytes)
+
+    def read(index):
+        image = decode(path, names[index], read_bytes)
+        if image.shape != first.shape:
+            raise UserError(f"{path}: {names[index]} is {shape_text(image)}, but {names[0]} is "
+                            f"{shape_text(first)}; all images must have one size")
+        return image
+
+    labels = np.zeros(len(names), np.int64) if labels is None else labels
+    return Images(str(path), first.shape, labels, read, label_dim)
+
+
+def shape_text(image):
+    return f"{image.shape[2]}x{image.shape[1]} with {image.shape[0]} channel(s)"
+
+
+def decode(path, name, read_bytes):
+    """One image file as uint8 [C,H,W], grey or RGB."""
+    try:
+        with Image.open(io.BytesIO(read_bytes(name))) as image:
+            image = image.convert("L" if image.mode in ("1", "L", "LA", "I;16") else "RGB")
+            pixels = np.array(image)
+    except (OSError, ValueError, SyntaxError, KeyError, zipfile.BadZipFile, zipfile.zlib.error,
+            Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot read {name} as an image: {error}") from error
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def read_labels(path, names, read_bytes):
+    """Classes [N] from dataset.json, in the order of names; None where it says null."""
+    try:
+        pairs = json.loads(read_bytes("dataset.json"))["labels"]
+        if pairs is None:
+            return None
+        classes = {str(name).replace("\\", "/"): label for name, label in pairs}
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}}: "
+                        f"{error}") from error
+    for name in names:
+        label = classes.get(name.replace("\\", "/"))
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise UserError(f"{path}: dataset.json gives {name} the class {label!r}; allowed: "
+                            "whole numbers from 0")
+    return np.array([classes[name.replace("\\", "/")] for name in names], np.int64)
+
+
+def check_fits(images, network):
+    """The images must be what the network makes."""
+    if images.shape != network.image_shape:
+        raise UserError(f"{images.name} has images of shape {list(images.shape)}, the teacher makes "
+                        f"{list(network.image_shape)}")
+    if network.label_dim and images.label_dim > network.label_dim:
+        raise UserError(f"{images.name} has class {images.label_dim - 1}, out of range: the teacher "
+                        f"knows 0 to {network.label_dim - 1}")
+    if network.label_dim and not images.label_dim:
+        raise UserError(f"{images.name} has no classes (dataset.json), the teacher needs them")
+
+
+# ---- The teacher's noise-image pairs (DMD Sec. 3.3) ----
+
+PAIRS_PART = 1024               # pairs in a part: what an interruption can cost
+
+
+def noise_image_pairs(teacher, count, steps, folder, batch, device):
+    """z [N,C,H,W] and images y [N,C,H,W] float16, classes [N]: made once, kept in pairs.npz.
+
+    Pair i comes from seed i, in parts that survive an interruption; the ranks share the parts.
+    """
+    path, parts = folder / "pairs.npz", folder / "pairs"
+    about = np.array(json.dumps(dict(count=count, steps=steps)))
+    if not path.exists():
+        parts.mkdir(exist_ok=True)
+        starts = range(0, count, PAIRS_PART)
+        mine = [s for s in list(starts)[distributed.rank()::distributed.world_size()]
+                if not (parts / f"{s}-{steps}.npz").exists()]
+        for start in tqdm(mine, desc="noise-image pairs", unit="part", disable=distributed.rank() > 0):
+            make_part(teacher, range(start, min(start + PAIRS_PART, count)), steps,
+                      parts / f"{start}-{steps}.npz", batch, device)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            loaded = [read_npz(parts / f"{s}-{steps}.npz") for s in starts]
+            whole = {k: np.concatenate([part[k] for part in loaded]) for k in loaded[0]}
+            write_npz(path, about=about, **whole)
+            for part in parts.iterdir():
+                part.unlink()
+            parts.rmdir()
+        distributed.barrier()
+    pairs = read_npz(path)
+    if str(pairs["about"]) != str(about):
+        raise UserError(f"{path} was made with {pairs['about']}, this run wants {about}; "
+                        "move it away to make new pairs")
+    return tuple(torch.from_numpy(pairs[k]) for k in ("z", "y", "classes"))
+
+
+def make_part(teacher, seeds, steps, path, batch, device):
+    z, y, classes = [], [], []
+    for start in range(0, len(seeds), batch):
+        chunk = seeds[start:start + batch]
+        drawn = []
+
+        def sampler(network, noise_input, labels, noise):
+            drawn.append(noise_input)
+            return partial(sample_heun, steps=steps)(network, noise_input, labels, noise)
+
+        images, label = sample_seeds(teacher, chunk, sampler, device=device)
+        z.append(drawn[0].cpu().numpy())
+        y.append(images.cpu().half().numpy())
+        classes.append(np.zeros(len(chunk), np.int64) if label is None else label.cpu().numpy())
+    write_npz(path, z=np.concatenate(z), y=np.concatenate(y), classes=np.concatenate(classes))
+
+
+def write_npz(path, **arrays):
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
+
+
+def read_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {k: file[k] for k in file.files}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); move it away, it will be made again") from error
+
+
+def make_digits(path=DIGITS):
+    """The embedded digits from scikit-learn's copy of the published file (an extra, only here)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("making assets/digits.npz needs scikit-learn: pip install scikit-learn") from None
+    published = load_digits()
+    write_npz(path, images=published.images.astype(np.uint8), labels=published.target.astype(np.uint8))

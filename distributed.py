@@ -1,0 +1,79 @@
+"""The process group and what the ranks do together; with one process every function is a no-op."""
+
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import UserError
+
+
+def start(device=None):
+    """The device of this process; joins the group when torchrun started us."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device is {kind!r}; allowed: cpu, cuda")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(local_rank)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
+                                timeout=datetime.timedelta(minutes=30))
+    return torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def parallel(module):
+    """DistributedDataParallel that keeps no second copy of the gradients; alone, the module itself."""
+    if not dist.is_initialized():
+        return module
+    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def sync_gradients(module, last):
+    """Forward and backward under this: gradients are summed over ranks at the last part only."""
+    if last or not isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()
+
+
+def any_rank(flag, device):
+    """True on every rank if it is True on one."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def mean_over_ranks(values, device):
+    """The mean of a list of floats over the ranks."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()

@@ -1,0 +1,29 @@
+"""Two exceptions that end a program with one line, and the one place that turns them into exit codes.
+
+Exit codes of every script: 0 done; 1 the run failed; 2 the user's mistake; 3 stopped by a signal
+after saving, the same command goes on; 130 interrupted before there was anything to save.
+"""
+
+import os
+import sys
+
+
+class UserError(ValueError):
+    """A wrong flag, file or value: exit code 2; says what and how to mend."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on (divergence, a dead rank, a full disk): exit code 1."""
+
+
+def run(main):
+    """Call main() and leave with its exit code."""
+    try:
+        sys.exit(main())
+    except (UserError, RunFailed) as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RunFailed):
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,262 @@
+"""FID and its companions: Inception features, their statistics, and the distances between them.
+
+    python fid.py --data images.zip --out reference.npz     reference statistics of a set of images
+
+FID (arXiv:1706.08500) is the Frechet distance between Gaussians fitted to the features of two sets
+of images. Two figures compare only where network, resize, rounding and sums are the same; these
+are EDM's: the 2015-12-05 weights, TensorFlow 1's resize, float64 sums.
+"""
+
+import argparse
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from checkpoint import write_atomically
+from digits_network import load_digits_network
+from errors import UserError, run
+from inception import Inception, load_inception
+
+__all__ = ["Inception", "load_inception"]
+
+def feature_network(dataset, cache=None, device="cpu"):
+    """The network whose features score this dataset."""
+    if dataset == "digits":
+        return load_digits_network(device=device)
+    return load_inception(cache, device)
+
+
+# Statistics ---------------------------------------------------------------------------------
+
+
+class FeatureStatistics:
+    """Running float64 sums of features [B,D], from which mean and covariance follow."""
+
+    def __init__(self, dimensions, device="cpu"):
+        self.n = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dimensions, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
+
+    def add(self, features):
+        if features.ndim != 2 or features.shape[1] != len(self.sum):
+            raise ValueError(f"features must be [B,{len(self.sum)}], got {list(features.shape)}")
+        features = features.to(self.sum)
+        self.n += len(features)
+        self.sum += features.sum(0)
+        self.outer += features.T @ features
+
+    def merge(self, other):
+        for mine, theirs in zip(self._sums(), other._sums()):
+            mine += theirs.to(mine.device)
+
+    def all_reduce(self):
+        """Every rank ends with the sums of all ranks."""
+        all_reduce(self._sums())
+
+    def _sums(self):
+        return self.n, self.sum, self.outer
+
+    def mean(self):
+        self._need_two()
+        return (self.sum / self.n).cpu().numpy()
+
+    def covariance(self):
+        """Divided by N - 1, as EDM does and numpy.cov."""
+        self._need_two()
+        mean = self.sum / self.n
+        return ((self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)).cpu().numpy()
+
+    def _need_two(self):
+        if self.n < 2:
+            raise UserError(f"statistics need at least 2 images, got {int(self.n)}")
+
+
+def all_reduce(tensors):
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def reference_statistics(network, batches):
+    """Statistics of all images of an iterator of uint8 batches [B,C,H,W]."""
+    statistics = FeatureStatistics(network.dimensions)
+    for images in batches:
+        statistics.add(network(images)[0])
+    return statistics
+
+
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), in float64."""
+    mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
+    d1, d2 = mean1.size, mean2.size
+    if d1 != d2 or cov1.shape != (d1, d1) or cov2.shape != (d2, d2):
+        raise ValueError(f"statistics of different dimensions: mean {mean1.shape}, covariance "
+                         f"{cov1.shape} against mean {mean2.shape}, covariance {cov2.shape}")
+    if not all(np.isfinite(x).all() for x in (mean1, cov1, mean2, cov2)):
+        raise ValueError("statistics are not finite")
+    # With C1 = L L^T, C1 C2 has the eigenvalues of the symmetric L^T C2 L. L has as many columns
+    # as C1 has rank; the smaller rank of the two leaves out null directions, whose rounding errors
+    # would add up.
+    factor, other = min((low_rank_factor(cov1), cov2), (low_rank_factor(cov2), cov1),
+                        key=lambda pair: pair[0].shape[1])
+    eigenvalues = scipy.linalg.eigvalsh(factor.T @ other @ factor) if factor.size else np.zeros(1)
+    trace_of_root = np.sqrt(eigenvalues.clip(min=0)).sum()
+    distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * trace_of_root
+    return max(float(distance), 0.0)  # equal arguments may round to just below zero
+
+
+def low_rank_factor(covariance):
+    """L [D,rank] with L L^T = covariance, by Cholesky with pivots: right for singular ones too."""
+    cholesky, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance, lower=1)
+    factor = np.empty((len(covariance), rank))
+    factor[pivots - 1] = np.tril(cholesky)[:, :rank]
+    return factor
+
+
+# References in EDM's layout: an npz with mu [D] and sigma [D,D] ------------------------------
+
+
+def read_reference(path, dimensions=None):
+    """mu [D], sigma [D,D] in float64; checked, and nothing unpickled."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # a small file can claim to unpack to anything
+            if sum(member.file_size for member in archive.infolist()) > 2 ** 30:
+                raise ValueError("unpacks to more than 1 GiB")
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = (np.asarray(file[key]) for key in ("mu", "sigma"))
+        if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+            raise ValueError(f"mu is {mean.dtype}, sigma {covariance.dtype}, not floating point")
+        if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+            raise ValueError(f"mu {mean.shape} and sigma {covariance.shape} do not fit together")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("holds values that are not finite")
+        if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-6 * abs(covariance).max()):
+            raise ValueError("sigma is not symmetric")
+    except Exception as error:  # noqa: BLE001 - zip, zlib and numpy raise many types
+        raise UserError(f"{path}: not a reference with mu and sigma ({error})") from None
+    if dimensions is not None and mean.size != dimensions:
+        raise UserError(f"{path}: reference of {mean.size} dimensions, need {dimensions}: "
+                        "it was made with another feature network")
+    return mean.astype(np.float64), covariance.astype(np.float64)
+
+
+def write_reference(path, mean, covariance):
+    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # given a name, savez would add to it
+            np.savez(file, mu=mean, sigma=covariance)
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
+
+
+# Companions ---------------------------------------------------------------------------------
+
+
+class InceptionScore:
+    """exp(mean KL(p(y|x) || p(y))), arXiv:1606.03498, in each of `splits` consecutive parts.
+
+    Images are known by index, so batches and ranks may come in any order. Published scores are of
+    logits without the classifier's bias: add(indices, logits - network.logit_bias).
+    """
+
+    def __init__(self, images, classes=1008, splits=10, device="cpu"):
+        self.images, self.splits = images, splits
+        float64 = {"dtype": torch.float64, "device": device}
+        self.n = torch.zeros(splits, **float64)
+        self.negative_entropy = torch.zeros(splits, **float64)  # sum over x of sum_y p log p
+        self.p = torch.zeros(splits, classes, **float64)
+
+    def add(self, indices, logits):
+        """indices [B] in 0..images-1, logits [B,classes]."""
+        split = torch.as_tensor(indices, device=self.p.device) * self.splits // self.images
+        log_p = logits.to(self.p).log_softmax(1)
+        self.n.index_add_(0, split, torch.ones_like(split, dtype=torch.float64))
+        self.negative_entropy.index_add_(0, split, (log_p.exp() * log_p).sum(1))
+        self.p.index_add_(0, split, log_p.exp())
+
+    def all_reduce(self):
+        """Every rank ends with the sums of all ranks."""
+        all_reduce((self.n, self.negative_entropy, self.p))
+
+    def value(self):
+        """Mean and standard deviation over the splits."""
+        if (self.n == 0).any():
+            raise UserError(f"an Inception score in {self.splits} splits needs at least "
+                            f"{self.splits} images, got {int(self.n.sum())}")
+        p = self.p / self.n[:, None]
+        scores = (self.negative_entropy / self.n - torch.xlogy(p, p).sum(1)).exp()
+        return scores.mean().item(), scores.std(correction=0).item()
+
+
+def precision_recall(real, fake, k=3):
+    """Shares of fake features [N,D] on the real manifold, and of real ones on the fake manifold.
+
+    arXiv:1904.06991: a manifold is the union of the balls around its points that reach to each
+    point's k-th nearest neighbour.
+    """
+    for name, features in (("real", real), ("generated", fake)):
+        if len(features) <= k:
+            raise UserError(f"precision and recall with k = {k} need more than {k} images, "
+                            f"got {len(features)} {name}")
+    return _share_covered(fake, real, k), _share_covered(real, fake, k)
+
+
+def _share_covered(points, centres, k):
+    covered = torch.zeros(len(points), dtype=torch.bool, device=points.device)
+    for block in centres.split(BLOCK):
+        # The point itself is the nearest of all, hence k + 1
+        nearest = torch.full((len(block), 0), 0.0, dtype=torch.float64, device=block.device)
+        for others in centres.split(BLOCK):
+            both = torch.cat([nearest, squared_distances(block, others)], 1)
+            nearest = both.topk(min(k + 1, both.shape[1]), largest=False).values
+        radius = nearest[:, -1:]
+        covered |= torch.cat([(squared_distances(block, some) <= radius).any(0)
+                              for some in points.split(BLOCK)])
+    return covered.double().mean().item()
+
+
+BLOCK = 2048  # rows of features at a time: memory stays below 200 MB whatever the number of images
+
+
+def squared_distances(a, b):
+    """[len(a),len(b)] in float64, where the cancellation of this form does no harm."""
+    a, b = a.double(), b.double()
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
+
+
+# Command line -------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make reference statistics of a set of images.")
+    parser.add_argument("--data", required=True, help="digits, a CIFAR-10 archive, folder or zip")
+    parser.add_argument("--out", required=True, help="the npz to write: mu and sigma")
+    parser.add_argument("--batch", type=int, default=64, help="images read at a time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cache", help="folder of downloaded weights")
+    parser.add_argument("--force", action="store_true", help="replace --out if it exists")
+    args = parser.parse_args()
+    if Path(args.out).exists() and not args.force:
+        raise UserError(f"--out {args.out} exists; --force replaces it")
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}: must be at least 1")
+
+    from data import open_images  # training imports this file and needs no real images
+    images = open_images(args.data)
+    network = feature_network(args.data, args.cache, args.device)
+    batches = (batch for batch, _ in images.batches(args.batch))
+    steps = -(-len(images) // args.batch)
+    statistics = reference_statistics(network, tqdm(batches, "features", steps, unit="batch"))
+    write_reference(args.out, statistics.mean(), statistics.covariance())
+    print(f"{args.out}: {len(images)} images, {network.dimensions} features of {network.name}")
+
+
+if __name__ == "__main__":
+    run(main)

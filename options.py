@@ -1,0 +1,144 @@
+"""The command line of train.py: a preset, and a flag for each of its fields."""
+
+import argparse
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import UserError
+from presets import Config, find
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how a run is computed; nothing here changes what it computes, but for rounding."""
+    folder: Path
+    data: str
+    reference: str | None
+    inception: str | None
+    cache: str | None
+    device: str | None
+    batch_per_gpu: int
+    precision: str
+    compile: bool
+    force: bool
+    dry_run: bool
+    world_size: int
+
+
+def parser():
+    parser = argparse.ArgumentParser(
+        prog="train.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Distil a diffusion model into a student of one, two or three steps. Without "
+                    "--stage, PMDD runs its stages 1, 2, 3 in order. The same command resumes a run.")
+    preset = parser.add_argument_group("what is computed (default: the preset's value)")
+    for f in dataclasses.fields(Config):
+        flag, kwargs = "--" + f.name.replace("_", "-"), dict(f.metadata, default=None)
+        if f.name in ("dataset", "method"):
+            kwargs["default"] = f.default
+        elif isinstance(f.default, bool):
+            kwargs |= dict(action=argparse.BooleanOptionalAction)
+            del kwargs["choices"]
+        elif isinstance(f.default, tuple):
+            kwargs |= dict(type=float, nargs="+")
+        else:
+            kwargs["type"] = type(f.default)
+        if kwargs["default"] is None:
+            kwargs["default"] = argparse.SUPPRESS
+        preset.add_argument(flag, **kwargs)
+    preset.add_argument("--variant", default="",
+                        help="another row of the same paper: unconditional, no-gan, longer")
+    how = parser.add_argument_group("where and how")
+    how.add_argument("--run", help="folder of the run (default: runs/<dataset>-<method>)")
+    how.add_argument("--data", help="real images: digits, cifar10, a folder, a zip, or CIFAR-10's "
+                                    "archive (default: the dataset's own)")
+    how.add_argument("--reference", help="FID reference, an npz with mu and sigma (default: the "
+                                         "published one of the dataset)")
+    how.add_argument("--inception", help="file with the 2015-12-05 Inception weights (default: the "
+                                         "published one, downloaded)")
+    how.add_argument("--cache", help="folder of downloaded files (default: $PMDD_CACHE or ~/.cache/pmdd)")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    how.add_argument("--batch-per-gpu", type=int, default=0,
+                     help="images of one forward pass; smaller ones accumulate gradients (0: all)")
+    how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                     help="tf32: tensor cores; bf16: autocast, weights in fp32")
+    how.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    how.add_argument("--force", action="store_true", help="go on although the preset has changed")
+    how.add_argument("--dry-run", action="store_true",
+                     help="print the configuration, its cost and a memory plan, and stop")
+    return parser
+
+
+def parse(argv=None):
+    """The rows to run in order, as (preset, config, options)."""
+    args = parser().parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    stages = [given["stage"]] if "stage" in given else [1, 2, 3] if args.method == "pmdd" else [1]
+    rows = []
+    for stage in stages:
+        try:
+            preset = find(args.dataset, args.method, stage, args.variant)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        config = merge(preset.config, given | {"stage": stage})
+        rows.append((preset, config, options(args, config)))
+    return rows
+
+
+def merge(config, given):
+    """The preset with the flags that were given; a longer list of sigmas is cut to the stage."""
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if "sigmas" in changes and changes["stage"] > 0:
+        changes["sigmas"] = changes["sigmas"][:changes["stage"]]
+    if changes["stage"] == 0:
+        changes["method"] = config.method
+    config = dataclasses.replace(config, **changes)
+    check(config)
+    return config
+
+
+def check(config):
+    """UserError for a value that no run can have."""
+    def require(ok, name, allowed):
+        if not ok:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(config, name)!r}; allowed: {allowed}")
+
+    for name in ("ttur", "iterations", "batch", "save_every", "regression_steps"):
+        require(getattr(config, name) >= 1, name, "whole numbers, at least 1")
+    for name in ("unforget_weight", "gan_weight", "gan_adapted_weight", "regression_weight",
+                 "regression_pairs", "weight_decay", "clip", "ema_halflife", "evaluate_every", "seed",
+                 "alpha"):
+        require(0 <= getattr(config, name) < math.inf, name, "0 or more")
+    require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")
+    require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas",
+            "two numbers from 0 to below 1")
+    require(len(config.sigmas) == config.stage, "sigmas", f"{config.stage} noise levels, one a step")
+    require(all(a > b > 0 for a, b in zip((math.inf, *config.sigmas), config.sigmas)), "sigmas",
+            "falling, above 0")
+    require(config.evaluate_images >= 2, "evaluate_images", "whole numbers, at least 2")
+    if config.stage:
+        require(config.loss != "none" or config.gan_weight or config.regression_weight, "loss",
+                "dm or sid, unless there is a GAN or regression term")
+        require(not config.regression_weight or config.regression_pairs >= 1, "regression_pairs",
+                "at least 1 with --regression-weight")
+
+
+def options(args, config):
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch % world_size:
+        raise UserError(f"--batch {config.batch} cannot be divided by {world_size} processes; allowed: "
+                        f"multiples of {world_size}")
+    share = config.batch // world_size
+    per_gpu = args.batch_per_gpu or share
+    if per_gpu < 0 or share % per_gpu:
+        raise UserError(f"--batch-per-gpu {per_gpu} does not divide the {share} images of a process")
+    name = f"{config.dataset}-{config.method}" + (f"-{args.variant}" if args.variant else "")
+    folder = Path(args.run or Path("runs") / name) / f"stage{config.stage}"
+    return Options(folder, args.data or config.dataset, args.reference, args.inception, args.cache,
+                   args.device, per_gpu, args.precision, args.compile, args.force, args.dry_run,
+                   world_size)
+
+

@@ -1,0 +1,205 @@
+"""The papers' appendix tables: one frozen row for each run that they report, and ours for digits.
+
+A row holds the global batch; a command line is a row plus the flags that `Config` becomes.
+PMDD = App. A; DMD = arXiv:2311.18828 App. B; DMD2 = arXiv:2405.14867 App. F;
+SiD = arXiv:2404.04057 and the run script of its published code.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from models import SIGMA_MAX, karras
+
+
+def sigmas_at(*fractions):
+    """The noise levels of a schedule given as fractions of the 1000-level grid (Deviation 3)."""
+    return tuple(SIGMA_MAX if f == 1 else karras(f) for f in fractions)
+
+
+PMDD_SIGMAS = sigmas_at(1, 0.5, 0.25)           # 80, 2.515, 0.170
+EQUAL_WIDTH_SIGMAS = sigmas_at(1, 0.67, 0.33)   # 80, 9.96, 0.452: PMDD's other schedule
+
+
+def option(default, text, choices=None):
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes; each field is a flag of train.py."""
+    dataset: str = option("digits", "what is distilled", ("digits", "cifar10", "imagenet64"))
+    method: str = option("pmdd", "which row of the papers", ("pmdd", "dmd", "dmd2", "sid"))
+    stage: int = option(1, "steps of the student; 0 trains a teacher with EDM's loss")
+    teacher: str = option("", "published name, or file, of the pretrained denoiser")
+    start_from: str = option("", "checkpoint whose student and adapted network start this run; "
+                                 "empty: the stage before, or the teacher")
+    sigmas: tuple = option(PMDD_SIGMAS[:1], "noise level of each step, largest first")
+    trained_step: str = option("last", "step that an iteration trains: the last (PMDD), or one "
+                                       "drawn at random (DMD2 with several)", ("last", "random"))
+    loss: str = option("sid", "student loss; none leaves only the extra terms", ("dm", "sid", "none"))
+    alpha: float = option(1.2, "SiD's alpha")
+    dm_weighting: str = option("eq8", "weight w_t of DMD Table 2", ("eq8", "sigma", "sigma3"))
+    unforget_weight: float = option(0.0, "beta of PMDD Eq. 9")
+    external_sampling: bool = option(True, "inputs from the frozen previous student (PMDD Table 6)")
+    gan_weight: float = option(0.0, "DMD2's GAN term in the student's loss; 0: no GAN")
+    gan_adapted_weight: float = option(1e-2, "GAN term in the adapted network's loss")
+    regression_weight: float = option(0.0, "lambda of DMD's regression term; 0: none")
+    regression_pairs: int = option(0, "noise-image pairs that the teacher makes for it")
+    regression_steps: int = option(18, "Heun steps for each of these pairs")
+    ttur: int = option(5, "updates of the adapted network for one of the student")
+    iterations: int = option(0, "batches of generated images = updates of the adapted network")
+    batch: int = option(256, "images of an iteration, over all processes")
+    learning_rate: float = option(1e-5, "AdamW's, for student and adapted network")
+    betas: tuple = option((0.9, 0.999), "AdamW's")
+    weight_decay: float = option(0.01, "AdamW's")
+    clip: float = option(10.0, "largest L2 norm of a gradient; 0: no limit")
+    ema_halflife: int = option(500_000, "images after which the average student has half forgotten")
+    evaluate_every: int = option(1000, "iterations between evaluations")
+    evaluate_images: int = option(50_000, "images of an evaluation")
+    save_every: int = option(1000, "iterations between checkpoints")
+    seed: int = option(0, "of everything random")
+
+
+@dataclass(frozen=True)
+class Preset:
+    config: Config
+    source: str                 # where the row stands
+    gpus: str                   # what the authors ran it on
+    paper_fid: float | None     # what they report; None where they report none
+    network: dict | None = None  # architecture of a teacher that is trained here (stage 0)
+
+    @property
+    def images(self):
+        """Images that the run generates, or for stage 0 sees."""
+        return self.config.iterations * self.config.batch
+
+
+# ---- Teachers ----
+DIGITS_NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
+                      model_channels=32, channel_mult=[1, 2], channel_mult_emb=2, num_blocks=1,
+                      attn_resolutions=[], dropout=0.0)
+CIFAR10_NETWORK = dict(img_resolution=32, img_channels=3, label_dim=10, model_type="SongUNet",
+                       augment_dim=9, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)
+IMAGENET64_NETWORK = dict(img_resolution=64, img_channels=3, label_dim=1000,
+                          model_type="DhariwalUNet", dropout=0.10)
+TEACHERS = {"digits": "assets/digits-teacher.pt", "cifar10": "edm-cifar10-32x32-cond-vp",
+            "imagenet64": "edm-imagenet-64x64-cond-adm"}
+UNCONDITIONAL = "edm-cifar10-32x32-uncond-vp"
+
+# ---- PMDD, App. A.1 and A.2 ----
+CIFAR10 = Config(dataset="cifar10", teacher=TEACHERS["cifar10"], iterations=200_000, batch=256,
+                 learning_rate=1e-5)
+IMAGENET64 = Config(dataset="imagenet64", teacher=TEACHERS["imagenet64"], iterations=400_000, batch=72,
+                    learning_rate=2e-6)
+
+
+def later(base, stage, **changes):
+    """Stage 2 or 3 of PMDD: the same row with one more step."""
+    return replace(base, stage=stage, sigmas=PMDD_SIGMAS[:stage], **changes)
+
+
+# ---- DMD, App. B.1 and B.2; DMD2, App. F.2; SiD ----
+DMD = dict(method="dmd", loss="dm", ttur=1, regression_weight=0.25)
+DMD_CIFAR10 = replace(CIFAR10, **DMD, iterations=300_000, batch=392, learning_rate=5e-5,
+                      regression_pairs=100_000)
+DMD2 = dict(method="dmd2", loss="dm", gan_weight=3e-3)
+DMD2_IMAGENET64 = replace(IMAGENET64, **DMD2, iterations=200_000, batch=280)
+SID = dict(method="sid", sigmas=(2.5,), ttur=1, betas=(0.0, 0.999), weight_decay=0.0, clip=0.0)
+
+TEACHER = dict(stage=0, teacher="", sigmas=(), weight_decay=0.0, clip=0.0)     # EDM, Table 7
+
+# ---- Digits: ours, chosen so that minutes on two CPU cores are enough ----
+DIGITS = Config(teacher=TEACHERS["digits"], iterations=1500, batch=128, learning_rate=2e-4,
+                ema_halflife=8_000, evaluate_every=250, evaluate_images=5_000, save_every=250)
+
+OURS, CPU = "ours, for the embedded digits", "2 CPU cores"
+A100 = "4 A100"
+
+# (dataset, method, stage, variant) -> row. The variant is --variant, "" without it.
+PRESETS = {
+    ("cifar10", "pmdd", 1, ""): Preset(CIFAR10, "PMDD A.1, Table 5", A100, 2.52),
+    ("cifar10", "pmdd", 2, ""): Preset(
+        later(CIFAR10, 2, learning_rate=5e-6, iterations=35_000, unforget_weight=1.0),
+        "PMDD A.1, Table 5 (Table 4: 2.21)", A100, 2.19),
+    ("cifar10", "pmdd", 3, ""): Preset(
+        later(CIFAR10, 3, learning_rate=8e-7, iterations=65_000, unforget_weight=1.0),
+        "PMDD A.1, Table 5", A100, 2.48),
+    ("imagenet64", "pmdd", 1, ""): Preset(IMAGENET64, "PMDD A.2, Table 5", A100, 2.60),
+    ("imagenet64", "pmdd", 2, ""): Preset(
+        later(IMAGENET64, 2, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3),
+        "PMDD A.2, Table 5 (Table 4: 1.99)", A100, 1.95),
+    ("imagenet64", "pmdd", 3, ""): Preset(
+        later(IMAGENET64, 3, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3),
+        "PMDD A.2, Table 5", A100, 2.14),
+
+    ("cifar10", "dmd", 1, ""): Preset(DMD_CIFAR10, "DMD B.1, Table 6", "7 GPUs", 2.66),
+    ("cifar10", "dmd", 1, "unconditional"): Preset(
+        replace(DMD_CIFAR10, teacher=UNCONDITIONAL, regression_weight=0.5, regression_pairs=500_000),
+        "DMD B.1, Table 6", "7 GPUs", 3.77),
+    ("imagenet64", "dmd", 1, ""): Preset(
+        replace(IMAGENET64, **DMD, iterations=350_000, batch=336, regression_pairs=25_000,
+                regression_steps=256), "DMD B.2, Table 1", "7 GPUs", 2.62),
+
+    ("imagenet64", "dmd2", 1, ""): Preset(DMD2_IMAGENET64, "DMD2 F.2, Table 3", "7 A100", 1.51),
+    ("imagenet64", "dmd2", 1, "no-gan"): Preset(
+        replace(DMD2_IMAGENET64, gan_weight=0.0, iterations=400_000),
+        "DMD2 F.2, first part of the longer training; Table 3", "7 A100", 2.61),
+    ("imagenet64", "dmd2", 1, "longer"): Preset(
+        replace(DMD2_IMAGENET64, learning_rate=5e-7, iterations=150_000,
+                start_from="runs/imagenet64-dmd2-no-gan/stage1/best.pt"),
+        "DMD2 F.2, second part of the longer training; Table 1", "7 A100", 1.28),
+    ("cifar10", "dmd2", 1, ""): Preset(
+        replace(CIFAR10, **DMD2), "ours: DMD2 has no CIFAR-10 row; its terms, PMDD's A.1 otherwise",
+        "none", None),
+
+    ("cifar10", "sid", 1, ""): Preset(
+        replace(CIFAR10, **SID, iterations=3_125_000), "SiD, published code's README", "4 GPUs", 1.710),
+    ("cifar10", "sid", 1, "unconditional"): Preset(
+        replace(CIFAR10, **SID, iterations=1_953_125, teacher=UNCONDITIONAL),
+        "SiD, published code's README", "4 GPUs", 1.923),
+    ("imagenet64", "sid", 1, ""): Preset(
+        replace(IMAGENET64, **SID, iterations=122_070, batch=8192, learning_rate=4e-6,
+                ema_halflife=2_000_000), "SiD, published code's README", "4 GPUs", 1.524),
+
+    ("digits", "pmdd", 1, ""): Preset(DIGITS, OURS, CPU, None),
+    ("digits", "pmdd", 2, ""): Preset(
+        later(DIGITS, 2, learning_rate=1e-4, iterations=750, unforget_weight=1.0), OURS, CPU, None),
+    ("digits", "pmdd", 3, ""): Preset(
+        later(DIGITS, 3, learning_rate=5e-5, iterations=500, unforget_weight=1.0), OURS, CPU, None),
+    ("digits", "dmd", 1, ""): Preset(
+        replace(DIGITS, **DMD, regression_pairs=2_000), OURS, CPU, None),
+    ("digits", "dmd2", 1, ""): Preset(replace(DIGITS, **DMD2), OURS, CPU, None),
+    ("digits", "sid", 1, ""): Preset(replace(DIGITS, **SID), OURS, CPU, None),
+
+    ("digits", "pmdd", 0, ""): Preset(
+        replace(DIGITS, **TEACHER, iterations=4_000, batch=256, learning_rate=1e-3,
+                ema_halflife=50_000, evaluate_every=2_000), OURS, CPU, None, DIGITS_NETWORK),
+    ("cifar10", "pmdd", 0, ""): Preset(
+        replace(CIFAR10, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
+                evaluate_every=10_000),
+        "EDM Table 7, without its augmentation", "8 V100", None, CIFAR10_NETWORK),
+    ("imagenet64", "pmdd", 0, ""): Preset(
+        replace(IMAGENET64, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
+                ema_halflife=50_000_000, evaluate_every=10_000),
+        "EDM Table 7", "32 A100", None, IMAGENET64_NETWORK),
+}
+
+
+def find(dataset, method, stage, variant=""):
+    """The row, or a ValueError that lists what there is.
+
+    DMD2 with n steps trained together by backward simulation is its one-step row with n sigmas.
+    """
+    if stage == 0:
+        method, variant = "pmdd", ""
+    if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
+        row = find(dataset, method, 1, variant)
+        return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(
+            row.config, stage=stage, sigmas=PMDD_SIGMAS[:stage], trained_step="random"))
+    try:
+        return PRESETS[dataset, method, stage, variant]
+    except KeyError:
+        near = sorted((s, v) for d, m, s, v in PRESETS if d == dataset and m == method)
+        listed = ", ".join(f"--stage {s}" + (f" --variant {v}" if v else "") for s, v in near)
+        raise ValueError(f"no preset for --dataset {dataset} --method {method} --stage {stage}"
+                         + (f" --variant {variant}" if variant else "")
+                         + f"; there is: {listed or 'none for this method'}") from None

@@ -1,0 +1,184 @@
+"""A run is its own record: the folder, its configuration, metrics, sample grids and curves."""
+
+import dataclasses
+import fcntl
+import json
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import distributed
+from checkpoint import write_atomically
+from errors import RunFailed, UserError
+from models import sample_heun, sample_seeds, sample_student, to_uint8
+from pictures import grid, save_png
+
+
+def open_run(folder, config, options):
+    """Make or reopen a run's folder; refuse one that another preset made or that is in use."""
+    if distributed.rank() > 0:
+        distributed.barrier()
+        return None
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --run") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the kernel frees it when we die
+    except OSError:
+        raise UserError(f"another process is training in {folder}; wait for it or choose another "
+                        "--run") from None
+    now, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
+    if path.exists() and not options.force:
+        before = read_json(path).get("config", {})
+        changed = [f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in now if before.get(k) != now[k]]
+        if changed:
+            raise UserError(f"{folder} was started with another preset: {', '.join(changed)}; "
+                            "--force goes on all the same, another --run starts afresh")
+    how = {k: v if v is None else str(v) for k, v in vars(options).items()}
+    write_json(path, {"config": now, "options": how, "versions": versions()})
+    distributed.barrier()
+    return lock
+
+
+def versions():
+    """What produced the numbers; git commit and whether the tree differs from it."""
+    def git(*words):
+        try:
+            return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                                  text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"torch": torch.__version__, "numpy": np.__version__, "device": device,
+            "commit": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+
+
+class Metrics:
+    """metrics.jsonl, one line of figures at a time; lines after a resumed checkpoint are dropped."""
+
+    def __init__(self, folder, start):
+        self.path = folder / "metrics.jsonl"
+        lines = [line for line in read_metrics(self.path) if line["iteration"] < start]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self.path, lambda temporary: Path(temporary).write_text(text))
+
+    def write(self, **figures):
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(figures) + "\n")
+        except OSError as error:
+            raise RunFailed(f"cannot write {self.path}: {error.strerror}; the last checkpoint is "
+                            "intact") from error
+
+
+def read_metrics(path):
+    """Every whole line; a half-written last one is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            figures = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(figures, dict) and isinstance(figures.get("iteration"), int):
+            lines.append(figures)
+    return lines
+
+
+def save_samples(network, sigmas, path, device, columns=8):
+    """The same noise every time: a row for each of ten classes, or of ten seeds without classes."""
+    classes = None
+    sampler = partial(sample_student, sigmas=sigmas) if sigmas else partial(sample_heun, steps=18)
+    if network.label_dim:
+        rows = torch.linspace(0, network.label_dim - 1, min(10, network.label_dim)).long()
+        classes = rows.repeat_interleave(columns)
+    seeds = range(len(classes) if classes is not None else 10 * columns)
+    images, _ = sample_seeds(network, seeds, sampler, classes=classes, device=device)
+    save_png(grid(to_uint8(images).cpu(), columns), path)
+
+
+def draw_curves(folder, say=print):
+    """metrics.jsonl as a picture, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        say("no curves.png: it needs matplotlib (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_metrics(folder / "metrics.jsonl")
+    names = [n for n in ("distill", "unforget", "gan", "regression", "denoising", "student_gradient",
+                         "adapted_gradient", "image_mean", "image_spread")
+             if any(n in line for line in lines)]
+    fids = sorted({n for line in lines for n in line if "FID" in n})
+    figure, axes = plt.subplots(1, len(names) + bool(fids), squeeze=False,
+                                figsize=(3 * (len(names) + bool(fids)), 2.6), layout="constrained")
+    for axis, group in zip(axes[0], [[n] for n in names] + [fids] * bool(fids)):
+        for name in group:
+            points = [(line["iteration"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points), label=name, marker="." if "FID" in name else None, linewidth=1)
+        axis.set_title(group[0] if len(group) == 1 else "FID by steps", fontsize=9)
+        axis.tick_params(labelsize=7)
+        if len(group) > 1:
+            axis.legend(fontsize=7)
+    write_atomically(folder / "curves.png", lambda t: figure.savefig(t, format="png", dpi=100))
+    plt.close(figure)
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C asks the loop to finish its iteration, save and leave with exit code 3."""
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received and number == signal.SIGINT:       # a second Ctrl-C: at once
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class Clock:
+    """Images per second since the last reading, and the seconds that are left at that pace."""
+
+    def __init__(self, batch):
+        self.batch, self.images, self.seconds, self.since = batch, 0, 0.0, time.monotonic()
+
+    def pause(self):
+        self.seconds += time.monotonic() - self.since
+
+    def go_on(self):
+        self.since = time.monotonic()
+
+    def read(self, iterations, left):
+        self.pause()
+        pace = self.batch * iterations / max(self.seconds, 1e-9)
+        self.seconds = 0.0
+        self.go_on()
+        return {"images_per_second": round(pace, 2), "seconds_left": round(left * self.batch / pace)}
+
+

@@ -1,0 +1,151 @@
+"""The networks of a run and what they start from: teacher, student, adapted, previous, average."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import checkpoint
+import distributed
+from edm_networks import EDMPrecond
+from errors import UserError
+from models import AdaptedWithHead
+from pretrained import PUBLISHED, load_network
+
+HERE = Path(__file__).parent
+
+
+def load_teacher(config, options):
+    """A published network, a file in one of the published formats, or a stage 0 of ours."""
+    source = config.teacher
+    if source in PUBLISHED:
+        # One process downloads and converts, the others then find it in the cache.
+        for turn in (distributed.rank() == 0, distributed.rank() > 0):
+            if turn:
+                network = load_network(source, options.cache)
+            distributed.barrier()
+        return network
+    path = Path(source) if Path(source).exists() else HERE / source
+    if not path.exists():
+        raise UserError(f"--teacher {source}: no such file and no published name; published: "
+                        f"{', '.join(name for name in PUBLISHED if name.startswith('edm-'))}; or make "
+                        f"one: python train.py --dataset {config.dataset} --stage 0")
+    try:
+        return checkpoint.network_from(checkpoint.load(path))
+    except checkpoint.DamagedCheckpoint:
+        return load_network(str(path), options.cache)
+
+
+def starting_point(config, options):
+    """The checkpoint that a later stage starts from, or None for the teacher."""
+    path = Path(config.start_from) if config.start_from else None
+    if path is None and config.method == "pmdd" and config.stage > 1:
+        path = options.folder.parent / f"stage{config.stage - 1}" / "best.pt"
+    if path is None:
+        return None
+    if not path.is_file():
+        how = (f"python train.py --dataset {config.dataset} --stage {config.stage - 1} makes it"
+               if not config.start_from else "--start-from names it")
+        raise UserError(f"stage {config.stage} starts from {path}, which is not there; {how}")
+    payload = checkpoint.load(path)
+    if payload["dataset"] != config.dataset:
+        raise UserError(f"{path} is of dataset {payload['dataset']}, this run of {config.dataset}")
+    earlier = list(config.sigmas[:len(payload["sigmas"])])
+    if list(payload["sigmas"]) != earlier:
+        raise UserError(f"{path} was trained for --sigmas {payload['sigmas']}, this run continues "
+                        f"{earlier}; give the same ones")
+    if "adapted" not in payload:
+        raise UserError(f"{path} holds a student but no adapted network; start from a best.pt of a run")
+    return payload
+
+
+def load_roles(config, options, device):
+    """Every network once: the teacher and the previous student frozen, the average a copy."""
+    torch.manual_seed(config.seed)                       # the GAN head's first weights
+    teacher = load_teacher(config, options)
+    begin = starting_point(config, options)
+    network = teacher
+    if begin:
+        if begin["network"] != teacher.config:
+            raise UserError(f"the checkpoint that stage {config.stage} starts from has another "
+                            f"architecture than the teacher {config.teacher}")
+        network = checkpoint.network_from(begin)
+    student, adapted = copy.deepcopy(network), copy.deepcopy(teacher)
+    if config.gan_weight:
+        adapted = AdaptedWithHead(adapted)
+    if begin:
+        bare(adapted).load_state_dict(begin["adapted"])
+        if config.gan_weight and begin.get("head"):
+            adapted.head.load_state_dict(begin["head"])
+    # The previous student gives the inputs and the unforget targets of PMDD's later stages.
+    needed = begin and len(config.sigmas) > 1 and config.trained_step == "last" and (
+        config.external_sampling or config.unforget_weight)
+    previous = network if needed else None
+    ema = copy.deepcopy(student)
+    for frozen in (teacher, previous, ema):
+        if frozen is not None:
+            frozen.requires_grad_(False)
+    for trained in (student, adapted):
+        trained.requires_grad_(True)
+    for role in (teacher, previous, student, adapted, ema):
+        if role is not None:
+            role.to(device).eval()                       # no dropout anywhere (Deviation 6)
+            if options.compile:
+                role.compile()
+    return SimpleNamespace(teacher=teacher, previous=previous, student=student, adapted=adapted, ema=ema)
+
+
+def new_teacher(config, options, network_config, device):
+    """Stage 0: an untrained network as the student of the data, and its average."""
+    torch.manual_seed(config.seed)
+    student = EDMPrecond(**network_config).to(device)
+    ema = copy.deepcopy(student).eval().requires_grad_(False)
+    if options.compile:
+        student.compile()
+    return SimpleNamespace(teacher=None, previous=None, student=student, adapted=None, ema=ema)
+
+
+def payload(config, roles, optimizers, iteration, best_fid, scores):
+    """Everything that latest.pt holds."""
+    with_head = isinstance(roles.adapted, AdaptedWithHead)
+    whole = {"dataset": config.dataset, "method": config.method, "stage": config.stage,
+             "sigmas": list(config.sigmas), "network": roles.student.config, "iteration": iteration,
+             "fid": scores, "best_fid": best_fid, "ema": roles.ema.state_dict()}
+    if roles.adapted is not None:
+        whole["adapted"] = bare(roles.adapted).state_dict()
+    if with_head:
+        whole["head"] = roles.adapted.head.state_dict()
+    if optimizers:
+        whole["student"] = roles.student.state_dict()
+        whole["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    return whole
+
+
+def bare(adapted):
+    """The adapted network without DMD2's head."""
+    return adapted.network if isinstance(adapted, AdaptedWithHead) else adapted
+
+
+def resume(folder, roles, optimizers, device):
+    """Load latest.pt into the roles: the iteration to go on from, and the best FID so far."""
+    say = print if distributed.rank() == 0 else lambda text: None
+    saved = checkpoint.load_latest(folder, device, say)
+    if saved is None:
+        return 0, float("inf")
+    with_head = isinstance(roles.adapted, AdaptedWithHead)
+    if saved["network"] != roles.student.config or with_head != ("head" in saved):
+        raise UserError(f"{folder} holds a run of another architecture; choose another --run")
+    roles.student.load_state_dict(saved["student"])
+    roles.ema.load_state_dict(saved["ema"])
+    if roles.adapted is not None:
+        bare(roles.adapted).load_state_dict(saved["adapted"])
+    if with_head:
+        roles.adapted.head.load_state_dict(saved["head"])
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate                           # a flag may have changed it
+    say(f"resuming {folder} after {saved['iteration']} iterations")
+    return saved["iteration"], saved["best_fid"]

@@ -1,0 +1,66 @@
+"""FID of a network at every step count while it trains; the ranks share the images."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import distributed
+from fid import FeatureStatistics, feature_network, frechet_distance, read_reference
+from models import sample_every_step, sample_heun, sample_seeds, to_uint8
+from pretrained import fetch
+
+DIGITS_REFERENCE = Path(__file__).parent / "assets" / "digits-reference.npz"
+CHUNK = 128                     # images sampled together, whatever the number of processes
+
+
+class Scorer:
+    """score(network, sigmas) -> {"1": {"digits-FID": 3.2, "right_class": 0.99}, "2": ...}."""
+
+    def __init__(self, config, options, device):
+        self.device, self.images = device, config.evaluate_images
+        self.metric = "digits-FID" if config.dataset == "digits" else "FID"
+        if not config.evaluate_every:
+            return
+        for turn in (distributed.rank() == 0, distributed.rank() > 0):      # one process downloads
+            if turn:
+                self.features = feature_network(config.dataset, options.cache, device)
+                path = options.reference or (DIGITS_REFERENCE if config.dataset == "digits" else fetch(
+                    {"cifar10": "fid-cifar10-32x32", "imagenet64": "fid-imagenet-64x64"}[config.dataset],
+                    options.cache))
+                self.reference = read_reference(path, self.features.dimensions)
+            distributed.barrier()
+
+    @torch.no_grad()
+    def score(self, network, sigmas, heun_steps=18):
+        """A student at 1..n steps from one roll-out; without sigmas, a teacher by Heun (key "heun")."""
+        if sigmas:
+            keys = [str(n + 1) for n in range(len(sigmas))]
+            sampler = partial(sample_every_step, sigmas=sigmas)
+        else:
+            keys = ["heun"]
+
+            def sampler(*inputs):
+                return [sample_heun(*inputs, steps=heun_steps)]
+
+        statistics = [FeatureStatistics(self.features.dimensions, self.device) for _ in keys]
+        right = torch.zeros(len(keys), dtype=torch.float64, device=self.device)
+        starts = range(0, self.images, CHUNK)[distributed.rank()::distributed.world_size()]
+        for start in starts:
+            seeds = range(start, min(start + CHUNK, self.images))
+            images, classes = sample_seeds(network, seeds, sampler, device=self.device)
+            for k, x0 in enumerate(images):
+                features, logits = self.features(to_uint8(x0))
+                statistics[k].add(features)
+                if self.metric == "digits-FID":
+                    right[k] += (logits.argmax(1) == classes).sum()
+        return {key: self.figures(statistics[k], right[k]) for k, key in enumerate(keys)}
+
+    def figures(self, statistics, right):
+        statistics.all_reduce()
+        fid = frechet_distance(statistics.mean(), statistics.covariance(), *self.reference)
+        figures = {self.metric: float(fid)}
+        if self.metric == "digits-FID":
+            share = distributed.mean_over_ranks([right.item()], self.device)[0]
+            figures["right_class"] = share * distributed.world_size() / self.images
+        return figures

@@ -1,0 +1,379 @@
+"""Distillation, from the first line of the algorithm to the last checkpoint.
+
+    python train.py                                        digits, PMDD stages 1, 2, 3
+    python train.py --stage 0                              a teacher for them
+    torchrun --nproc_per_node=4 train.py --dataset cifar10 --stage 2
+    python train.py --help                                 a flag for each field of a preset
+
+PMDD = "Progressive Data-Free Diffusion Distillation", DMD = arXiv:2311.18828,
+DMD2 = arXiv:2405.14867, SiD = arXiv:2404.04057. The same command resumes a run.
+"""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.optim import AdamW
+from tqdm import tqdm
+
+import checkpoint
+import distributed
+import records
+from edm_networks import EDMPrecond
+from errors import RunFailed, UserError, run
+from losses import (denoising_loss, dm_loss, edm_loss, gan_adapted_loss, gan_student_loss,
+                    regression_loss, sid_loss, unforget_loss)
+from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sigma_grid,
+                    sigma_lognormal, sigma_sid, update_ema)
+from options import parse
+from plan import report
+from roles import load_roles, load_teacher, new_teacher, payload, resume
+from scoring import Scorer
+
+LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
+
+
+def distill(config, options, device):
+    """One stage: DMD's Algorithm 1 with PMDD's inputs and unforget loss. Returns an exit code."""
+    roles = load_roles(config, options, device)
+    teacher, previous, student, adapted, ema = (
+        roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema)
+    student_opt, adapted_opt = adamw(student, config), adamw(adapted, config)
+    start, best_fid = resume(options.folder, roles, [student_opt, adapted_opt], device)
+    student_ddp, adapted_ddp = distributed.parallel(student), distributed.parallel(adapted)
+
+    # What this method adds up; each is a choice of the preset, made once.
+    distill_loss = {"dm": partial(dm_loss, weighting=config.dm_weighting),
+                    "sid": partial(sid_loss, alpha=config.alpha), "none": None}[config.loss]
+    unforget = config.unforget_weight > 0 and previous is not None
+    source = previous if previous is not None and config.external_sampling else student
+    discriminator = partial(adapted, output="logits")
+    discriminator_ddp = partial(adapted_ddp, output="logits")
+    real, pairs, distance = real_images(config, options, teacher, device)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16,
+                       enabled=options.precision == "bf16")
+    scorer = Scorer(config, options, device)
+    log = Log(config, options, start, best_fid)
+
+    for step in range(start, config.iterations):
+        student_turn = step % config.ttur == 0
+        n, drawn = draw_iteration(config, step, teacher, device, real, pairs)
+        parts = parts_of(drawn, config, options, teacher.label_dim, device, real, pairs)
+        sigmas = config.sigmas[:n]
+        generated, losses = [], {}
+
+        # Generate images from the inputs of this stage; on its turn, update the student.
+        adapted.requires_grad_(not student_turn)        # the gradient passes through, not into it
+        for part in parts:
+            with distributed.sync_gradients(student_ddp, part is parts[-1]), autocast():
+                # Roll out the inputs x_t1..x_tn and the images of the earlier steps (PMDD Eq. 7)
+                inputs, targets = roll_out(source, part.z, part.y, sigmas, part.noises.unbind(1))
+                first = 0 if unforget and student_turn else n - 1
+                with torch.set_grad_enabled(student_turn):
+                    *earlier, x0 = denoise_together(student_ddp, inputs[first:], sigmas[first:], part.y)
+                generated.append(x0.detach())
+                if not student_turn:
+                    continue
+
+                terms = {}
+                if distill_loss:                        # DMD Eq. 7, or SiD
+                    terms["distill"] = distill_loss(x0, part.sigma, part.eps, part.y,
+                                                    teacher=teacher, adapted=adapted)
+                if unforget:                            # PMDD Eq. 9, last term
+                    if source is not previous:
+                        with torch.no_grad():
+                            targets = denoise_together(previous, inputs[:-1], sigmas[:-1], part.y)
+                    terms["unforget"] = config.unforget_weight * unforget_loss(earlier, targets)
+                if config.gan_weight:                   # DMD2 Eq. 4
+                    terms["gan"] = config.gan_weight * gan_student_loss(
+                        x0, part.sigma_gan, part.eps_gan, part.y, discriminator=discriminator)
+                if config.regression_weight:            # DMD Eq. 9
+                    x_ref = student_ddp(sigmas[0] * part.z_ref, level(sigmas[0], x0), part.y_ref)
+                    terms["regression"] = config.regression_weight * regression_loss(
+                        x_ref, part.image_ref, distance=distance)
+                (sum(terms.values()) / len(parts)).backward()
+                add(losses, terms, len(parts))
+        if student_turn:
+            losses = update(student_opt, losses, "student_gradient", config.clip, step)
+            update_ema(ema, student, config.batch, config.ema_halflife)
+            adapted.requires_grad_(True)
+            figures = dict(losses)
+
+        # Update the adapted network on the same images (PMDD Eq. 8, DMD Alg. 3).
+        losses = {}
+        for part, x0 in zip(parts, generated):
+            with distributed.sync_gradients(adapted_ddp, part is parts[-1]), autocast():
+                terms = {"denoising": denoising_loss(x0, part.sigma_adapted, part.eps_adapted, part.y,
+                                                     adapted=adapted_ddp)}
+                if config.gan_weight:                   # DMD2 Eq. 4, the discriminator
+                    terms["discriminator"] = config.gan_adapted_weight * gan_adapted_loss(
+                        x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real, part.eps_real,
+                        part.y, part.y_real, discriminator=discriminator_ddp)
+                (sum(terms.values()) / len(parts)).backward()
+                add(losses, terms, len(parts))
+        losses = update(adapted_opt, losses, "adapted_gradient", config.clip, step)
+
+        # Log; at times evaluate, keep the best, save.
+        if log.due(step):
+            log.write(step, figures | losses, x0)
+        stopping = log.stopping(device)
+        if log.save_due(step) or stopping:
+            scores = scorer.score(ema, config.sigmas) if log.score_due(step) else {}
+            log.save(roles, [student_opt, adapted_opt], step + 1, scores, device)
+        if stopping:
+            return log.stopped(step + 1)
+    return log.finish()
+
+
+def add(losses, terms, parts):
+    for name, value in terms.items():
+        losses[name] = losses.get(name, 0) + value.detach() / parts
+
+
+def update(optimizer, losses, gradient_name, clip, step):
+    """One step of AdamW; stops the run before any weight moves if a figure is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    names, values = [*losses, gradient_name], [*losses.values(), norm]
+    figures = dict(zip(names, torch.stack(values).tolist()))    # the one wait for the device
+    for name, value in figures.items():
+        if not math.isfinite(value):
+            raise RunFailed(f"iteration {step}: {name} is {value}; no weight was moved, the last "
+                            "checkpoint is good; resume it with a lower --learning-rate and --force")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return figures
+
+
+def iteration_generator(seed, step, device):
+    """Seeded by (seed, iteration): a resumed run, or one on more processes, draws the same."""
+    mixed = np.random.default_rng([seed, step]).integers(2 ** 32)
+    return torch.Generator(device).manual_seed(int(mixed))
+
+
+def draw_iteration(config, step, network, device, real, pairs):
+    """Everything random of one iteration, for the whole batch: the same on every rank."""
+    rng = iteration_generator(config.seed, step, device)
+    normal = partial(torch.randn, generator=rng, device=device)
+    whole = partial(torch.randint, generator=rng, device=device)
+    B, shape, classes = config.batch, network.image_shape, network.label_dim
+
+    n = len(config.sigmas)                              # the step that this iteration trains
+    if config.trained_step == "random":
+        n = 1 + int(np.random.default_rng([config.seed, step, n]).integers(n))
+    student_noise, adapted_noise = ((sigma_sid, sigma_lognormal) if config.loss == "sid" else
+                                    (sigma_dm, sigma_grid))             # Deviation 5
+    drawn = {"z": normal(B, *shape), "noises": normal(B, n - 1, *shape),
+             "y": F.one_hot(whole(classes, (B,)), classes).float() if classes else None,
+             "sigma_adapted": adapted_noise(B, rng), "eps_adapted": normal(B, *shape)}
+    if step % config.ttur == 0:
+        drawn |= {"sigma": student_noise(B, rng), "eps": normal(B, *shape)}
+    if real is not None:                                # DMD2's GAN, noise over the whole grid
+        drawn["real_index"] = whole(len(real), (B,))
+        for name in ("real", "fake", "gan"):
+            drawn |= {f"sigma_{name}": sigma_grid(B, rng), f"eps_{name}": normal(B, *shape)}
+    if pairs is not None:                               # DMD's regression
+        drawn["pair_index"] = whole(len(pairs[0]), (B,))
+    return n, drawn
+
+
+def parts_of(drawn, config, options, label_dim, device, real=None, pairs=None):
+    """This rank's slice of the batch, cut into forward passes of --batch-per-gpu images."""
+    share, size = config.batch // options.world_size, options.batch_per_gpu
+    first = distributed.rank() * share
+
+    def one_hot(labels):
+        return F.one_hot(labels.to(device), label_dim).float() if label_dim else None
+
+    parts = []
+    for start in range(first, first + share, size):
+        part = SimpleNamespace(**{k: None if v is None else v[start:start + size]
+                                  for k, v in drawn.items()})
+        if real is not None:
+            pixels, labels = real.take(part.real_index.tolist())
+            part.real, part.y_real = from_uint8(pixels.to(device)), one_hot(labels)
+        if pairs is not None:
+            z_ref, image_ref, labels = (t[part.pair_index.cpu()].to(device) for t in pairs)
+            part.z_ref, part.image_ref, part.y_ref = z_ref, image_ref.float(), one_hot(labels)
+        parts.append(part)
+    return parts
+
+
+def adamw(network, config):
+    return AdamW(network.parameters(), lr=config.learning_rate, betas=config.betas,
+                 weight_decay=config.weight_decay, fused=True)
+
+
+def real_images(config, options, teacher, device):
+    """What the GAN and regression terms need, else None: the only use of the data module."""
+    real = pairs = distance = None
+    if config.gan_weight or config.regression_weight:
+        import data
+    if config.gan_weight:
+        real = data.open_images(options.data, options.cache)
+        data.check_fits(real, teacher)
+    if config.regression_weight:
+        pairs = data.noise_image_pairs(teacher, config.regression_pairs, config.regression_steps,
+                                       options.folder, options.batch_per_gpu, device)
+        distance = perceptual_distance(config, options, device)
+    return real, pairs, distance
+
+
+def perceptual_distance(config, options, device):
+    if config.dataset == "digits":                      # Deviation 11
+        from digits_network import load_digits_network
+        return load_digits_network(device=device).perceptual_distance
+    from lpips import load_lpips
+    return load_lpips(options.cache, device)
+
+
+def train_teacher(config, options, device, network_config):
+    """Stage 0, where no teacher is published: EDM's loss on real images."""
+    import data
+    images = data.open_images(options.data, options.cache)
+    roles = new_teacher(config, options, network_config, device)
+    data.check_fits(images, roles.student)
+    optimizer = adamw(roles.student, config)
+    start, best_fid = resume(options.folder, roles, [optimizer], device)
+    network = distributed.parallel(roles.student)
+    scorer, log = Scorer(config, options, device), Log(config, options, start, best_fid)
+    for step in range(start, config.iterations):
+        rng = iteration_generator(config.seed, step, device)
+        torch.manual_seed(rng.initial_seed() + distributed.rank())              # for dropout
+        drawn = {"real_index": torch.randint(len(images), (config.batch,), generator=rng, device=device),
+                 "sigma": sigma_lognormal(config.batch, rng),
+                 "eps": torch.randn(config.batch, *images.shape, generator=rng, device=device)}
+        parts, losses = parts_of(drawn, config, options, roles.student.label_dim, device, images), {}
+        roles.student.train()
+        for part in parts:
+            with distributed.sync_gradients(network, part is parts[-1]), torch.autocast(
+                    device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                loss = edm_loss(part.real, part.sigma, part.eps, part.y_real, teacher=network)
+                (loss / len(parts)).backward()
+                add(losses, {"denoising": loss}, len(parts))
+        losses = update(optimizer, losses, "student_gradient", config.clip, step)
+        update_ema(roles.ema, roles.student, config.batch, config.ema_halflife)
+        if log.due(step):
+            log.write(step, losses, parts[-1].real)
+        stopping = log.stopping(device)
+        if log.save_due(step) or stopping:
+            scores = scorer.score(roles.ema, ()) if log.score_due(step) else {}
+            log.save(roles, [optimizer], step + 1, scores, device)
+        if stopping:
+            return log.stopped(step + 1)
+    return log.finish()
+
+
+class Log:
+    """Progress bar, metrics.jsonl, sample grids and checkpoints: when they are due, and doing it."""
+
+    def __init__(self, config, options, start, best_fid):
+        self.config, self.folder, self.best_fid = config, options.folder, best_fid
+        self.every = LOG_EVERY * (config.ttur if config.stage else 4)
+        self.first = distributed.rank() == 0
+        self.metrics = records.Metrics(self.folder, start) if self.first else None
+        self.stop, self.clock, self.last = records.StopSignal(), records.Clock(config.batch), start
+        self.bar = tqdm(total=config.iterations, initial=start, desc=f"stage {config.stage}",
+                        unit="it", disable=not self.first, dynamic_ncols=True)
+
+    def due(self, step):
+        self.bar.update(step + 1 - self.bar.n if self.first else 0)
+        return self.first and (step % self.every == 0 or step + 1 == self.config.iterations)
+
+    def score_due(self, step):
+        every = self.config.evaluate_every
+        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.config.iterations)
+
+    def save_due(self, step):
+        return (self.score_due(step) or (step + 1) % self.config.save_every == 0
+                or step + 1 == self.config.iterations)
+
+    def stopping(self, device):
+        return distributed.any_rank(bool(self.stop.received), device)
+
+    def write(self, step, figures, images):
+        """Brightness and spread of the images are what DMD2's appendix C watches."""
+        figures = figures | {"image_mean": images.mean().item(), "image_spread": images.std().item()}
+        pace = self.clock.read(step + 1 - self.last, self.config.iterations - step - 1)
+        self.last = step + 1
+        self.metrics.write(iteration=step, **figures, **pace)
+        self.bar.set_postfix(loss=f"{figures.get('distill', figures['denoising']):.3g}",
+                             brightness=f"{figures['image_mean']:.3f}", best=f"{self.best_fid:.4g}")
+
+    def save(self, roles, optimizers, done, scores, device):
+        self.clock.pause()
+        own = str(self.config.stage) if self.config.stage else "heun"
+        fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
+        better = fid < self.best_fid or not self.config.evaluate_every
+        self.best_fid = min(fid, self.best_fid)
+        if self.first:
+            whole = payload(self.config, roles, optimizers, done, self.best_fid, scores)
+            if better:                                  # before latest.pt, which knows of it
+                checkpoint.save(self.folder / "best.pt", payload(self.config, roles, None, done, fid,
+                                                                 scores))
+            checkpoint.save_latest(self.folder, whole)
+            if scores:
+                flat = {f"{name}@{k}": v for k, figures in scores.items() for name, v in figures.items()}
+                self.metrics.write(iteration=done - 1, **flat)
+                self.bar.write(f"iteration {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
+                records.save_samples(roles.ema, self.config.sigmas,
+                                     self.folder / "samples" / f"{done:06d}.png", device)
+        distributed.barrier()
+        self.clock.go_on()
+
+    def stopped(self, done):
+        self.bar.close()
+        if self.first:
+            print(f"{self.stop.received or 'another rank'}: saved after {done} iterations; the same "
+                  "command goes on")
+        return 3
+
+    def finish(self):
+        self.bar.close()
+        if self.first:
+            records.draw_curves(self.folder)
+        return 0
+
+
+def describe(preset, config, options, network_config):
+    """--dry-run, and the first lines of a run."""
+    print(f"{config.dataset}, {config.method}, stage {config.stage} -> {options.folder}")
+    print(f"preset: {preset.source}; authors' hardware: {preset.gpus}; paper's FID: "
+          f"{preset.paper_fid or 'none'}")
+    if options.dry_run:
+        for name, value in vars(config).items():
+            print(f"  {name}: {value}")
+        print("\n".join(report(config, network_config, options.batch_per_gpu, options.world_size)))
+
+
+def main(argv=None):
+    rows = parse(argv)
+    device = distributed.start(rows[0][2].device)
+    torch.backends.cuda.matmul.allow_tf32 = rows[0][2].precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = rows[0][2].precision != "fp32"
+    torch.backends.cudnn.benchmark = True
+    code = 0
+    for preset, config, options in rows:
+        if options.dry_run or distributed.rank() == 0:
+            network_config = preset.network or load_teacher(config, options).config
+            describe(preset, config, options, network_config)
+        if options.dry_run:
+            continue
+        lock = records.open_run(options.folder, config, options)
+        if config.stage == 0:
+            code = train_teacher(config, options, device, preset.network)
+        else:
+            code = distill(config, options, device)
+        if code:
+            break
+        if lock:
+            lock.close()
+    distributed.finish()
+    return code
+
+
+if __name__ == "__main__":
+    run(main)
