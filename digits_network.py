@@ -17,8 +17,8 @@ from tqdm import trange
 
 from checkpoint import write_atomically
 from download import file_digest
-from errors import UserError, run
-from inception import full_precision, in_chunks, read_weights
+from errors import run
+from inception import full_precision, in_chunks, load_strictly, read_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 WEIGHTS = ASSETS / "digits-features.pt"
@@ -77,12 +77,8 @@ def unit(x):
 def load_digits_network(path=WEIGHTS, device="cpu"):
     """The trained network, frozen; `test_accuracy` is the one that its training recorded."""
     network, saved = DigitsNetwork(), read_weights(path)
-    try:
-        network.test_accuracy = saved.pop("test_accuracy")
-        network.load_state_dict(saved)
-    except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: not the digits network ({error}); "
-                        "python digits_network.py makes it") from None
+    network.test_accuracy = saved.pop("test_accuracy", None)
+    load_strictly(network, saved, path)
     network.sha256 = file_digest(path, "sha256")
     return network.eval().requires_grad_(False).to(device)
 

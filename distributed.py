@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import inspect
 import os
 
 import torch
@@ -21,7 +22,7 @@ def start(device=None):
         if not torch.cuda.is_available():
             raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs here")
+            raise UserError(f"--nproc_per_node is above the {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo",
@@ -48,10 +49,12 @@ def barrier():
 
 
 def parallel(module):
-    """DistributedDataParallel that keeps no second copy of the gradients; alone, the module itself."""
+    """DistributedDataParallel without a second copy of the gradients; alone, the module itself."""
     if not dist.is_initialized():
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters       # renamed in torch 2.13
+    no_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{no_buffers: False})
 
 
 def sync_gradients(module, last):

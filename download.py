@@ -96,12 +96,18 @@ def fetch_with_digest(name, cache):
                     return path, _download(entry, path)
         return path, _verify(entry, path, path)
     except _Refused as reason:
-        aside = path.replace(f"{path}.rejected")
-        raise UserError(f"{path}: {reason}; moved to {aside}. Run again to download it from "
+        raise UserError(f"{path}: {reason}; {_set_aside(path)}. Run again to download it from "
                         f"{_urls(entry)[0]}, or put the right file at {path}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; it is published at "
                         f"{_urls(entry)[0]}") from None
+
+
+def _set_aside(path):
+    try:
+        return f"moved to {path.replace(f'{path}.rejected')}"
+    except OSError as error:
+        return f"it could not be moved aside ({error.strerror})"
 
 
 def _urls(entry):
@@ -151,7 +157,9 @@ def _receive(url, entry, partial):
                 raise _Refused(f"HTTP {status} {answer.reason}")
             if "text/html" in answer.headers.get("Content-Type", ""):
                 raise _Refused("an HTML page instead of the file")
-            have = have if status == 206 else 0
+            if status == 200:
+                have = 0
+                partial.unlink(missing_ok=True)  # first: an old part must never meet a new tag
             tag_file.write_text(_tag(answer))
             _write_body(answer, entry, partial, have)
     except requests.RequestException as error:
@@ -174,9 +182,11 @@ def _write_body(answer, entry, partial, have):
     total = have + int(length) if length.isdecimal() else None
     if entry.size and total not in (None, entry.size):
         raise _Refused(f"the server offers {total} bytes, not {entry.size}")
+    if total is None and not (entry.sha256 or entry.md5 or "Transfer-Encoding" in answer.headers):
+        raise _Refused("the server does not say how long the file is, and no hash is published")
     bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=entry.name, disable=None)
     with open(partial, "ab" if have else "wb") as file, bar:
-        for chunk in answer.iter_content(1 << 18):
+        for chunk in answer.iter_content(1 << 16):
             file.write(chunk)
             bar.update(len(chunk))
             if entry.size and file.tell() > entry.size:
@@ -228,8 +238,8 @@ def _compare_with_first_use(digest, record):
     if not known:
         try:
             write_atomically(record, lambda file: file.write(f"{digest}  {record.stem}\n".encode()))
-        except PermissionError:
-            pass  # a shared folder that this user may only read
+        except OSError:
+            pass  # a shared folder that may only be read; a later use records it
 
 
 def file_digest(path, algorithm):

@@ -152,7 +152,6 @@ def write_reference(path, mean, covariance):
         with open(temporary, "wb") as file:  # given a name, savez would add to it
             np.savez(file, mu=mean, sigma=covariance)
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, write)
 
 
@@ -245,6 +244,8 @@ def main():
     args = parser.parse_args()
     if Path(args.out).exists() and not args.force:
         raise UserError(f"--out {args.out} exists; --force replaces it")
+    if not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out {args.out}: no such folder")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: must be at least 1")
 

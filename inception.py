@@ -213,21 +213,30 @@ def in_chunks(network, images, size):
 
 
 def read_weights(path):
-    """The dict in a torch.save file, no code run from it."""
+    """The dict in a torch.save file; no code in it runs."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many types for a damaged file
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path}: not a readable weights file ({reason})") from None
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: holds a {type(weights).__name__}, not named weights")
+    return weights
+
+
+def load_strictly(network, weights, source):
+    """Every name and shape must fit."""
+    try:
+        network.load_state_dict(weights)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]  # it may name hundreds of weights
+        raise UserError(f"{source}: not the weights of {network.name} ({reason})") from None
 
 
 def load_inception(cache=None, device="cpu"):
-    """The published network, frozen and folded; needs its weights in the cache or a network."""
+    """The published network, frozen and folded."""
     path = fetch("inception-2015-12-05", cache)
     network = Inception()
-    try:
-        network.load_state_dict(read_weights(path))
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: not the Inception weights ({error})") from None
+    load_strictly(network, read_weights(path), path)
     network.sha256 = file_digest(path, "sha256")
     return network.fold().to(device)

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from download import fetch
-from errors import UserError
-from inception import read_weights
+from inception import load_strictly, read_weights
 
 STAGES = (64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)  # pooled between
 
@@ -16,6 +15,8 @@ class LPIPS(nn.Module):
 
     resize: side of the square that the images are brought to first, 224 as in DMD; None keeps them.
     """
+
+    name = "LPIPS"
 
     def __init__(self, resize=224):
         super().__init__()
@@ -68,10 +69,7 @@ def load_lpips(cache=None, device="cpu", resize=224):
     """LPIPS with torchvision's VGG-16 and the published linear weights."""
     vgg, linear = fetch("vgg16", cache), fetch("lpips-vgg", cache)
     network = LPIPS(resize)
-    try:
-        state = {name: weight for name, weight in read_weights(vgg).items()
-                 if not name.startswith("classifier.")}  # only the convolutions take part
-        network.load_state_dict({**state, **read_weights(linear)})
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise UserError(f"{vgg}, {linear}: not the weights of LPIPS ({error})") from None
+    weights = {name: weight for name, weight in read_weights(vgg).items()
+               if not str(name).startswith("classifier.")}  # only the convolutions take part
+    load_strictly(network, {**weights, **read_weights(linear)}, f"{vgg}, {linear}")
     return network.to(device, memory_format=torch.channels_last)

@@ -21,8 +21,9 @@ from pretrained import PUBLISHED, fetch, load_network
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
-DATASETS = {"digits": "digits", "cifar10": "cifar10", "imagenet-64": "imagenet64",
-            "imagenet64": "imagenet64", "ffhq-64": "ffhq64", "afhqv2-64": "afhqv2-64"}
+# Part of a published file's name -> dataset.
+DATASETS = {"digits": "digits", "cifar10": "cifar10", "imagenet": "imagenet64", "ffhq": "ffhq64",
+            "afhqv2": "afhqv2-64"}
 
 
 # ---- Opening ----
@@ -54,7 +55,8 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
     payload, published = read_ours(source), str(source) in PUBLISHED
     if payload:
         if sigmas:
-            raise UserError(f"--sigmas: {source} holds its own, {payload['sigmas']}; leave the flag out")
+            raise UserError(f"--sigmas: {source} has its own, {payload['sigmas']}; leave out the "
+                            "flag")
         network, levels = checkpoint.network_from(payload), tuple(payload["sigmas"])
         path, known = Path(source), payload["dataset"]
     else:
@@ -66,7 +68,8 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
         else:
             levels = tuple(sigmas or (PUBLISHED_SIGMA.get(path.suffix),))
             if levels[0] is None:
-                raise UserError(f"{source} does not say its noise levels: give --sigmas, or --teacher")
+                raise UserError(f"{source} does not say its noise levels: give --sigmas, or "
+                                "--teacher")
     if dataset and known and dataset != known:
         raise UserError(f"--dataset {dataset}: {source} is of {known}")
     return Opened(network, levels, known or dataset, path, bool(payload))
@@ -105,7 +108,8 @@ def default_student(steps, dataset, runs):
     """(path, why) of the newest run's student that has that many steps, or the embedded one."""
     found = []
     for config in Path(runs).glob("*/stage*/config.json"):
-        weights = [p for p in (config.with_name("best.pt"), config.with_name("latest.pt")) if p.is_file()]
+        candidates = config.with_name("best.pt"), config.with_name("latest.pt")
+        weights = [path for path in candidates if path.is_file()]
         try:
             row = json.loads(config.read_text())["config"]
             fits = dataset in (None, row["dataset"]) and len(row["sigmas"]) >= max(steps or 1, 1)
@@ -117,15 +121,47 @@ def default_student(steps, dataset, runs):
     if found:
         return max(found)[1], f"the newest {wanted} under {runs}"
     if dataset not in (None, "digits"):
-        raise UserError(f"no {wanted} of {dataset} under {runs}: train one (python train.py --dataset "
-                        f"{dataset}), or name one with --checkpoint")
+        raise UserError(f"no {wanted} of {dataset} under {runs}: train one (python train.py "
+                        f"--dataset {dataset}), or name one with --checkpoint")
     return ASSETS / "digits-student.pt", "the embedded student"
+
+
+def open_student(args, steps=0):
+    """--checkpoint (which may turn out a teacher), or the newest student with so many steps."""
+    source, why = args.checkpoint, "--checkpoint"
+    if not source:
+        source, why = default_student(steps, args.dataset, args.runs)
+    opened = open_network(source, sigmas=args.sigmas, dataset=args.dataset, cache=args.cache)
+    say(f"{opened.name} ({why})")
+    return opened
+
+
+def open_teacher(args, student=None):
+    """--teacher FILE; else the teacher of the student's dataset, or without one --checkpoint."""
+    source = args.teacher if isinstance(args.teacher, str) else None
+    if student and not source:
+        if not student.dataset:
+            raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
+                            "FILE")
+        source = default_teacher(student.dataset)
+    source = source or args.checkpoint or default_teacher(args.dataset or "digits")
+    opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
+    if opened.sigmas:
+        raise UserError(f"{opened.name} is a student of {len(opened.sigmas)} steps, not a teacher; "
+                        "it takes --steps")
+    say(f"{opened.name} (teacher)")
+    return opened
+
+
+def say(text):
+    if distributed.rank() == 0:
+        print(text, flush=True)
 
 
 # ---- Sampling. On CPU an image has the same bits in any company and on any number of cores. ----
 
 def prepare(network, device, precision="fp32", compiled=False):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     network.to(device).requires_grad_(False)
     if device.type == "cuda" and precision != "fp32":       # the layout of tensor cores
         network.to(memory_format=torch.channels_last)
@@ -159,10 +195,10 @@ def sample_block(network, seeds, sampler, labels, device, precision="fp32"):
         chunk = list(seeds[start:start + size])
         padded = chunk + chunk[-1:] * (size - len(chunk))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            images, classes = sample_seeds(network, padded, sampler, device=device,
-                                           classes=choose_classes(labels, padded, network.label_dim))
+            images, drawn = sample_seeds(network, padded, sampler, device=device,
+                                         classes=choose_classes(labels, padded, network.label_dim))
         parts.append([to_uint8(x0)[:len(chunk)] for x0 in images]
-                     + ([] if classes is None else [classes[:len(chunk)]]))
+                     + ([] if drawn is None else [drawn[:len(chunk)]]))
     *images, classes = [torch.cat(part) for part in zip(*parts)] + [None] * (not network.label_dim)
     return images, classes
 
@@ -213,28 +249,33 @@ class Parser(argparse.ArgumentParser):
     def add_shared(self):
         what = self.add_argument_group("which network")
         what.add_argument("--checkpoint", metavar="FILE",
-                          help="a checkpoint of train.py, a published name (edm-cifar10-32x32-cond-vp), "
-                               "an EDM or SiD .pkl, or DMD2's pytorch_model.bin; default: the newest "
-                               "student under --runs, else the embedded one")
+                          help="a checkpoint of train.py, a published name such as "
+                               "edm-cifar10-32x32-cond-vp, an EDM or SiD .pkl, or DMD2's "
+                               "pytorch_model.bin (default: the newest student under --runs, else "
+                               "the embedded one)")
         what.add_argument("--teacher", metavar="FILE", nargs="?", const=True,
-                          help="sample a teacher by Heun's method: FILE, else --checkpoint, else the "
-                               "dataset's own")
+                          help="sample a teacher by Heun's method: FILE, else --checkpoint, else "
+                               "the dataset's own")
         what.add_argument("--sigmas", type=float, nargs="+", metavar="S",
-                          help="noise level of each step, for a published student (default: 2.5 for a "
-                               ".pkl as SiD's, 80 for a .bin as DMD2's)")
-        what.add_argument("--dataset", choices=sorted(set(DATASETS.values())),
+                          help="noise level of each step, for a published student (default: 2.5 "
+                               "for a .pkl, as SiD's; 80 for a .bin, as DMD2's)")
+        what.add_argument("--dataset", choices=list(DATASETS.values()),
                           help="choose the run, the teacher and the reference by it")
         what.add_argument("--runs", default="runs", help="folder of runs (default: runs)")
         how = self.add_argument_group("how it is computed")
-        how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        how.add_argument("--device", choices=("cpu", "cuda"),
+                         help="default: cuda where there is one")
         how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                         help="default: fp32; the others use a GPU's tensor cores and move figures a little")
+                         help="default: fp32; the others use a GPU's tensor cores and move figures "
+                              "a little")
         how.add_argument("--compile", action="store_true",
                          help="torch.compile the network: worth it for thousands of images")
-        how.add_argument("--cache", help="folder of downloaded files (default: $PMDD_CACHE or ~/.cache/pmdd)")
+        how.add_argument("--cache", help="folder of downloaded files (default: $PMDD_CACHE or "
+                                         "~/.cache/pmdd)")
         how.add_argument("--force", action="store_true", help="replace an output that exists")
 
 
 def check_sigmas(sigmas):
     if sigmas and not all(a > b > 0 for a, b in zip([float("inf"), *sigmas], sigmas)):
-        raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: must fall from step to step, above 0")
+        raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: must fall from step to step and "
+                        "stay above 0")

@@ -51,7 +51,7 @@ def parser():
     preset.add_argument("--variant", default="",
                         help="another row of the same paper: unconditional, no-gan, longer")
     how = parser.add_argument_group("where and how")
-    how.add_argument("--run", help="folder of the run (default: runs/<dataset>-<method>)")
+    how.add_argument("--folder", help="folder of the run (default: runs/<dataset>-<method>)")
     how.add_argument("--data", help="real images: digits, cifar10, a folder, a zip, or CIFAR-10's "
                                     "archive (default: the dataset's own)")
     how.add_argument("--reference", help="FID reference, an npz with mu and sigma (default: the "
@@ -136,7 +136,7 @@ def options(args, config):
     if per_gpu < 0 or share % per_gpu:
         raise UserError(f"--batch-per-gpu {per_gpu} does not divide the {share} images of a process")
     name = f"{config.dataset}-{config.method}" + (f"-{args.variant}" if args.variant else "")
-    folder = Path(args.run or Path("runs") / name) / f"stage{config.stage}"
+    folder = Path(args.folder or Path("runs") / name) / f"stage{config.stage}"
     return Options(folder, args.data or config.dataset, args.reference, args.inception, args.cache,
                    args.device, per_gpu, args.precision, args.compile, args.force, args.dry_run,
                    world_size)

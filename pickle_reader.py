@@ -1,6 +1,6 @@
 """Read a published pickle without running anything from it.
 
-pickle.load calls whatever a file names. This interpreter walks over the opcodes and calls nothing:
+An ordinary loader calls whatever a file names. This one walks over the opcodes and calls nothing:
 the few classes and functions that published networks name become plain values or inert records,
 and any other name or opcode ends the reading. Time and memory are bounded, whatever the file says.
 """
@@ -16,7 +16,7 @@ import torch
 
 from errors import UserError
 
-MAX_OPCODES = 500_000         # the largest published network takes about 60,000
+MAX_OPCODES = 500_000         # the largest published network takes about 90,000
 MAX_TEXT = 1 << 25            # characters of all strings, at up to 4 bytes each
 MAX_READ = 1 << 27            # bytes of one string or tensor
 SHORT_TEXT = 4096             # a longer string is kept as bytes: protocol 2 stores bytes as text
@@ -52,7 +52,7 @@ class Storage:
 
 
 class Budget:
-    """What reading may still cost: nothing a file repeats may cost more than the file is long."""
+    """What reading may still cost: opcodes, characters of text, bytes made by repeated calls."""
 
     def __init__(self, size):
         self.opcodes, self.text, self.copies = MAX_OPCODES, MAX_TEXT, size
@@ -82,9 +82,10 @@ class Reader:
 
 def read_pickle(source):
     """Plain values, tensors and inert records of a pickle: a path, or its bytes."""
-    where = "pickle" if isinstance(source, (bytes, bytearray)) else str(source)
+    inline = isinstance(source, (bytes, bytearray))
+    where = "pickle" if inline else str(source)
     try:
-        with io.BytesIO(source) if where == "pickle" else open(source, "rb") as file:
+        with io.BytesIO(source) if inline else open(source, "rb") as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
             value = interpret(Reader(file, size), Budget(size), CALLS)

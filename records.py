@@ -28,19 +28,19 @@ def open_run(folder, config, options):
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --run") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --folder") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the kernel frees it when we die
     except OSError:
         raise UserError(f"another process is training in {folder}; wait for it or choose another "
-                        "--run") from None
+                        "--folder") from None
     now, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
     if path.exists() and not options.force:
         before = read_json(path).get("config", {})
         changed = [f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in now if before.get(k) != now[k]]
         if changed:
             raise UserError(f"{folder} was started with another preset: {', '.join(changed)}; "
-                            "--force goes on all the same, another --run starts afresh")
+                            "--force goes on all the same, another --folder starts afresh")
     how = {k: v if v is None else str(v) for k, v in vars(options).items()}
     write_json(path, {"config": now, "options": how, "versions": versions()})
     distributed.barrier()

@@ -135,7 +135,7 @@ def resume(folder, roles, optimizers, device):
         return 0, float("inf")
     with_head = isinstance(roles.adapted, AdaptedWithHead)
     if saved["network"] != roles.student.config or with_head != ("head" in saved):
-        raise UserError(f"{folder} holds a run of another architecture; choose another --run")
+        raise UserError(f"{folder} holds a run of another architecture; choose another --folder")
     roles.student.load_state_dict(saved["student"])
     roles.ema.load_state_dict(saved["ema"])
     if roles.adapted is not None:

@@ -350,7 +350,8 @@ def read_within_limits(path, cache):
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limit = now + MEMORY + path.stat().st_size
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of this process, on a busy machine too
+        signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
         try:
             pretrained.load_network(path, cache)
             said = "loaded"

@@ -25,7 +25,8 @@ NCSNPP = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult
 MEMBERS = [
     {**SONG, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []},
     {**SONG, "channel_mult": [2, 1, 3], "num_blocks": 2, "attn_resolutions": [8], "label_dim": 3},
-    {**SONG, "channel_mult": [1, 2], "num_blocks": 3, "attn_resolutions": [16, 8], "augment_dim": 9},
+    {**SONG, "channel_mult": [1, 2], "num_blocks": 3, "attn_resolutions": [16, 8],
+     "augment_dim": 9},
     {**SONG, "channel_mult": [1, 1, 1, 1], "num_blocks": 1, "attn_resolutions": [2, 4],
      "channel_mult_emb": 2, "img_channels": 1, "augment_dim": 6, "label_dim": 1},
     {**SONG, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [], "img_resolution": 64},
@@ -149,20 +150,22 @@ def test_hostile_pickles_run_nothing_and_end_in_one_clear_error_within_limits(tm
         (tmp_path / f"{name}.pkl").write_bytes(data)
         names.append(name)
     assert len(names) == len(set(names)) > 100
-    root = Path(pretrained.__file__).parent
+    (tmp_path / "good.pkl").write_bytes(good)
+    root = str(Path(pretrained.__file__).parent)
     answer = subprocess.run(
         [sys.executable, hostile_pickles.__file__, tmp_path], capture_output=True, text=True,
-        timeout=300, check=True, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
-    results = [json.loads(line) for line in answer.stdout.splitlines()]
-    assert sorted(result["name"] for result in results) == sorted(names)
-    for result in results:
+        timeout=300, check=True, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+    results = {result["name"]: result for result in map(json.loads, answer.stdout.splitlines())}
+    assert results.pop("good")["said"] == "loaded"
+    assert sorted(results) == sorted(names)
+    for result in results.values():
         kind, _, message = result["said"].partition(": ")
         assert result["status"] == 0, result  # neither out of time nor crashed
         assert kind in ("UnsafePickle", "UserError"), result
         assert "MemoryError" not in message and len(message) < 600, result
         assert f"{result['name']}.pkl: " in message and "\n" not in message, result
     assert not sentinel.exists() and not answer.stderr
-    assert not (tmp_path / "converted").exists()
+    assert len(list((tmp_path / "converted").iterdir())) == 1  # the good one
 
 
 def test_flipped_bytes_raise_nothing_but_a_user_error(tmp_path):

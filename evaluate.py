@@ -1,0 +1,259 @@
+"""FID and its companions for a student at every number of steps, a teacher, or a set of images.
+
+    python evaluate.py                                   the newest student at 1, 2, .. steps
+    python evaluate.py --heun 18 9 5                     the teacher at 35, 17 and 9 evaluations
+    python evaluate.py --images samples.zip              images from anywhere: folder, .zip or .npz
+    python evaluate.py --table results                   a Markdown table of recorded evaluations
+    torchrun --nproc_per_node=4 evaluate.py --repeats 3  EDM's three blocks of seeds, shared out
+
+Every figure is recorded beside its protocol in evaluation.json: next to a checkpoint of a run,
+else in the current folder. Evaluating the same thing again replaces its figures.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+
+import distributed
+from checkpoint import file_digest
+from data import open_images
+from errors import UserError, run
+from evaluation_records import read_records, record, records_under, table
+from figures import MANIFOLD, NEIGHBOURS, Judge, Tally, progress
+from image_files import open_npz
+from models import first_sigmas, sample_every_step, sample_heun
+from networks import (ASSETS, Parser, in_parallel, open_student, open_teacher, prepare,
+                      sample_block, say, seed_blocks, shown)
+from records import versions
+
+ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
+LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}
+
+
+def parse(argv=None):
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    parser.add_shared()
+    what = parser.add_argument_group("what is evaluated")
+    what.add_argument("--steps", type=int, nargs="+", metavar="N",
+                      help="numbers of steps of the student (default: all that it knows)")
+    what.add_argument("--heun", type=int, nargs="+", metavar="N",
+                      help="a teacher with N Heun steps, 2N - 1 evaluations each (default: 18)")
+    what.add_argument("--images", metavar="PATH", help="a folder, zip or npz of images instead")
+    what.add_argument("--n", "--number", type=int,
+                      help="images of a figure (default: 50000, or all of --images); after "
+                           "torchrun write --number, it takes --n for its own")
+    what.add_argument("--repeats", type=int, default=1,
+                      help="blocks of seeds, 0 to n-1, n to 2n-1, ..; shows mean, least and most")
+    what.add_argument("--labels", choices=("random", "balanced"), default="random",
+                      help="class of an image: drawn from its seed as EDM does (default), or seed "
+                           "modulo classes")
+    against = parser.add_argument_group("against what")
+    against.add_argument("--reference", metavar="NPZ",
+                         help="mu and sigma of the real images (default: the dataset's published "
+                              "ones); python fid.py makes one")
+    against.add_argument("--precision-recall", action="store_true",
+                         help=f"also k = {NEIGHBOURS} precision and recall, of the first "
+                              f"{MANIFOLD:,} images and at most {MANIFOLD:,} real ones, which "
+                              "bounds the memory")
+    against.add_argument("--data", help="real images for it (default: the dataset's own)")
+    parser.add_argument("--out", help="the json to write (default: see above)")
+    parser.add_argument("--table", nargs="+", metavar="PATH",
+                        help="evaluate nothing: print the records in these files and folders")
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args):
+    for name in ("steps", "heun", "n", "repeats"):
+        least = 2 if name == "n" else 1
+        for value in np.atleast_1d(getattr(args, name) or []):
+            if value < least:
+                raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.images and (args.steps or args.heun or args.checkpoint or args.teacher
+                        or args.repeats > 1):
+        raise UserError("--images has no seeds or steps: leave out --checkpoint, --teacher, "
+                        "--steps, --heun and --repeats")
+    if args.teacher and args.steps and not args.heun:
+        raise UserError("--steps is for a student; a teacher takes --heun")
+    if args.data and not args.precision_recall:
+        raise UserError("--data is what --precision-recall compares with; give both or neither")
+
+
+# ---- What is evaluated ----
+
+@dataclass
+class Job:
+    """What gives images: task(seeds or indices) -> ([uint8 [B,C,H,W], ..], classes or None)."""
+    what: list                  # (text, network evaluations an image) of each image list
+    shape: tuple
+    dataset: str | None
+    task: Callable
+    protocol: list              # of each image list
+    n: int
+    blocks: Callable            # range of seeds or indices -> blocks of them
+    source: Path
+    ours: bool = False
+
+
+def open_jobs(args, device):
+    if args.images:
+        return [images_job(args)]
+    student = teacher = None
+    if args.steps or not (args.teacher or args.heun):
+        student = open_student(args, max(args.steps or [0]))
+        if not student.sigmas and args.steps:
+            raise UserError(f"{student.name} is a teacher: --heun says its steps, not --steps")
+        student, teacher = (student, None) if student.sigmas else (None, student)
+    if args.teacher or args.heun:
+        teacher = open_teacher(args, student)
+    jobs = [student_job(student, args, device)] if student else []
+    if teacher:
+        jobs += [heun_job(teacher, n, args, device) for n in args.heun or [18]]
+    return jobs
+
+
+def student_job(student, args, device):
+    """All numbers of steps from one roll-out: the images of fewer steps are its earlier outputs."""
+    try:
+        steps = args.steps or range(1, len(student.sigmas) + 1)
+        sigmas = first_sigmas(student.sigmas, max(steps))
+    except ValueError as error:
+        raise UserError(f"--steps: {student.name}: {error}") from None
+
+    def sampler(*inputs):
+        images = sample_every_step(*inputs, sigmas=sigmas)
+        return [images[n - 1] for n in steps]
+
+    return network_job(student, sampler, [(steps_text(n), n) for n in steps],
+                       [{"sigmas": list(sigmas[:n])} for n in steps], args, device)
+
+
+def heun_job(teacher, steps, args, device):
+    def sampler(*inputs):
+        return [sample_heun(*inputs, steps=steps)]
+
+    return network_job(teacher, sampler, [(f"Heun, {steps_text(steps)}", 2 * steps - 1)],
+                       [{"sampler": "EDM Alg. 2, no churn"}], args, device)
+
+
+def network_job(opened, sampler, what, sampling, args, device):
+    network, n = prepare(opened.network, device, args.precision, args.compile), args.n or 50_000
+    labels = args.labels if network.label_dim else "random"
+    protocol = {"images": n, "seeds": [f"{k * n}-{(k + 1) * n - 1}" for k in range(args.repeats)],
+                "labels": LABELS[labels] if network.label_dim else "none", "rounding": ROUNDING,
+                "precision": args.precision + (", compiled" if args.compile else ""),
+                "source": {"file": opened.name, "sha256": file_digest(opened.path)}}
+
+    def task(seeds):
+        return sample_block(network, seeds, sampler, labels, device, args.precision)
+
+    return Job(what, network.image_shape, opened.dataset, task, [protocol | s for s in sampling], n,
+               partial(seed_blocks, network=network, device=device), opened.path, opened.ours)
+
+
+def images_job(args):
+    path = Path(args.images)
+    images = open_npz(path) if path.suffix == ".npz" else open_images(args.images, args.cache)
+    n = args.n or len(images)
+    if not 2 <= n <= len(images):
+        raise UserError(f"{images.name} has {len(images)} images, {max(n, 2)} are needed")
+    file = {"file": shown(path), "sha256": file_digest(path) if path.is_file() else None}
+    protocol = {"images": n, "seeds": None, "labels": "as given" if images.label_dim else "none",
+                "rounding": "as given", "source": file}
+
+    def task(indices):
+        pixels, labels = images.take(indices)
+        return [pixels], labels if images.label_dim else None
+
+    def blocks(indices):
+        return [indices[k:k + 64] for k in range(0, len(indices), 64)]
+
+    return Job([("images", 0)], images.shape, args.dataset, task, [protocol], n, blocks, path)
+
+
+def steps_text(n):
+    return f"{n} step{'s' * (n > 1)}"
+
+
+# ---- Scoring ----
+
+def evaluate(job, judge, repeat, repeats):
+    """The figures of each of the job's image lists, for one block of seeds."""
+    def task(block):
+        images, classes = job.task(block)
+        return block, [judge.network(x.to(judge.device)) for x in images], classes
+
+    first = repeat * job.n
+    tallies = [Tally(judge, job.n) for _ in job.what]
+    mine = job.blocks(range(first, first + job.n))[distributed.rank()::distributed.world_size()]
+    text = job.what[-1][0] + (f", block {repeat + 1} of {repeats}" if repeats > 1 else "")
+    bar = progress(None, sum(map(len, mine)), text)
+    for block, outputs, classes in in_parallel(task, mine, judge.device):
+        for tally, (features, logits) in zip(tallies, outputs):
+            tally.add(block[0] - first, features, logits, classes)
+        bar.update(len(block))
+    bar.close()
+    return [tally.figures() for tally in tallies]
+
+
+def summary(values):
+    return {"values": values, "mean": float(np.mean(values)), "least": min(values),
+            "spread": max(values) - min(values)}
+
+
+def entries(job, judge, args, device):
+    """A record for each image list: its figures and the protocol that they stand for."""
+    repeats = [evaluate(job, judge, k, args.repeats) for k in range(args.repeats)]
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    environment = versions() | {"device": device_name, "processes": distributed.world_size()}
+    found = []
+    for k, (text, evaluations) in enumerate(job.what):
+        figures = {name: summary([one[k][name] for one in repeats]) for name in repeats[0][k]}
+        found.append({"what": text, "evaluations": evaluations, "figures": figures,
+                      "protocol": job.protocol[k] | judge.protocol(), "environment": environment})
+    return found
+
+
+# ---- Command ----
+
+def out_path(args, job):
+    beside = job.ours and job.source.parent.resolve() != ASSETS
+    path = Path(args.out or (job.source.parent if beside else Path()) / "evaluation.json")
+    if path.exists() and not args.force:
+        try:
+            read_records(path)
+        except UserError as error:
+            raise UserError(f"{error}; --force replaces it, --out names another file") from None
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out {path}: cannot write to {path.parent}")
+    return path
+
+
+def main():
+    args = parse()
+    if args.table:
+        print(table(records_under(args.table)))
+        return 0
+    device = distributed.start(args.device)
+    jobs = open_jobs(args, device)
+    if len({tuple(job.shape) for job in jobs}) > 1:
+        raise UserError("student and teacher make images of different shapes")
+    path, judge, done = out_path(args, jobs[0]), Judge(jobs[0], args, device), []
+    for job in jobs:
+        new = entries(job, judge, args, device)
+        done += new
+        if distributed.rank() == 0:                 # what is done is kept, whatever follows
+            record(path, new, args.force and job is jobs[0])
+    say(f"{table(done)}\n\nwrote {path}")
+    distributed.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

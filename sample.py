@@ -1,0 +1,274 @@
+"""Images from a few-step student, or from a teacher.
+
+    python sample.py --steps 3                      a grid, class by class, of the newest student
+    python sample.py --compare                      the same noise through teacher and student
+    python sample.py --teacher --heun 18            the teacher alone
+    python sample.py --n 50000 --out samples.zip    files for other programs: .zip, .npz or a folder
+    torchrun --nproc_per_node=4 sample.py ...       shared out; on CPU the same bits
+"""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import distributed
+from errors import UserError, run
+from image_files import write_folder, write_npz, write_zip
+from models import first_sigmas, sample_every_step, sample_heun, sample_student
+from networks import (Parser, check_sigmas, gathered, open_student, open_teacher, prepare,
+                      sample_block, say, seed_blocks)
+from pictures import grid, save_png
+
+LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+                   "truck")
+
+
+# ---- Command line ----
+
+def parse(argv=None):
+    parser = Parser(prog="sample.py", description=__doc__)
+    parser.add_shared()
+    what = parser.add_argument_group("what is drawn")
+    what.add_argument("--steps", type=int, metavar="N",
+                      help="steps of the student (default: all that it was trained for)")
+    what.add_argument("--heun", type=int, default=18, metavar="N",
+                      help="Heun steps of a teacher, 2N - 1 evaluations (default: 18)")
+    what.add_argument("--compare", action="store_true",
+                      help="one picture: teacher, then 1, 2, .. steps, of the same noise")
+    what.add_argument("--n", "--number", type=int,
+                      help="images, seeds 0 to n-1 (default: 100; 10 with --compare); after "
+                           "torchrun write --number, it takes --n for its own")
+    what.add_argument("--seeds", help="their seeds instead, one an image: 0-63 or 1,5,7-9")
+    labels = what.add_mutually_exclusive_group()
+    labels.add_argument("--class", type=int, dest="label", metavar="C",
+                        help="one class for all images")
+    labels.add_argument("--labels", choices=("random", "balanced"),
+                        help="random: drawn from each seed, as EDM; balanced: seed modulo classes "
+                             "(default: balanced for a picture of at most 20 classes, else random)")
+    what.add_argument("--grid", metavar="COLUMNS[xROWS]",
+                      help="shape of the picture, in seed order")
+    what.add_argument("--out", help="a .png grid, .zip (EDM's layout), .npz (arr_0, arr_1), or a "
+                                    "folder of PNGs (default: a .png named after what it shows, "
+                                    "replaced without asking)")
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args):
+    """What can be refused without opening anything; fills in args.all_seeds and args.kind."""
+    for name in ("steps", "heun", "n"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.seeds and args.n:
+        raise UserError("--seeds and --n: give one of them, --seeds says how many")
+    if args.compare and args.steps:
+        raise UserError("--compare shows every number of steps; leave --steps out")
+    if args.steps and args.teacher:
+        raise UserError("--steps is for a student; a teacher takes --heun")
+    check_sigmas(args.sigmas)
+    args.columns, rows = parse_grid(args.grid)
+    args.all_seeds = parse_seeds(args.seeds) if args.seeds else range(
+        args.n or (args.columns * rows if rows else 10 if args.compare else 100))
+    if rows and len(args.all_seeds) > args.columns * rows:
+        raise UserError(f"--grid {args.grid} has no place for {len(args.all_seeds)} images")
+    args.kind = kind_of(args.out)
+    if args.kind == "png" and len(args.all_seeds) > LARGEST_GRID:
+        raise UserError(f"a picture of {len(args.all_seeds)} images; allowed: {LARGEST_GRID}; for "
+                        "more give --out a .zip, .npz or folder")
+    if args.compare and args.kind != "png":
+        raise UserError(f"--compare makes a picture; --out {args.out} is none")
+    if args.out:
+        check_out(Path(args.out), args.kind, args.force)
+
+
+def parse_grid(text):
+    columns, _, rows = (text or "10").partition("x")
+    try:
+        columns, rows = int(columns), int(rows) if rows else 0
+        if columns < 1 or rows < 0 or (text and text.endswith("x")):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--grid {text}: must look like 10 or 10x4 (columns x rows)") from None
+    return columns, rows
+
+
+def parse_seeds(text):
+    """ "0-63" or "1,5,7-9" as a list, in the order given."""
+    seeds = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.strip().partition("-")
+            first, last = int(first), int(last or first)
+            if last < first or last >= 2 ** 62 or last - first >= 10 ** 8:
+                raise ValueError
+            seeds.extend(range(first, last + 1))
+    except ValueError:
+        raise UserError(f"--seeds {text}: must look like 0-63 or 1,5,7-9") from None
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text}: names a seed twice")
+    return seeds
+
+
+def kind_of(out):
+    suffix = Path(out).suffix.lower() if out else ".png"
+    if suffix not in ("", ".png", ".zip", ".npz"):
+        raise UserError(f"--out {out}: allowed: .png, .zip, .npz, or a folder's name without a dot")
+    return suffix[1:] or "folder"
+
+
+def check_out(path, kind, force):
+    if path.is_dir() != (kind == "folder") and path.exists():
+        raise UserError(f"--out {path} is {'a folder' if path.is_dir() else 'a file'}; "
+                        "choose another name")
+    if kind == "folder" and path.exists():
+        others = [p.name for p in path.iterdir() if p.suffix != ".png" and p.name != "dataset.json"]
+        if others:
+            raise UserError(f"--out {path} holds other things than samples ({others[0]}); choose "
+                            "another name")
+    if path.exists() and not force and (kind != "folder" or any(path.iterdir())):
+        raise UserError(f"--out {path} exists; --force replaces it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out {path}: cannot write to {path.parent}")
+
+
+# ---- Networks and what is drawn from them ----
+
+def open_rows(args):
+    """[(network opened, its sampler, labels of the images it returns)]: one, or two to compare."""
+    if args.teacher and not args.compare:
+        return [heun_row(open_teacher(args), args.heun)]
+    student = open_student(args, args.steps)
+    if not student.sigmas:
+        if args.steps or args.compare:
+            flag = "--compare" if args.compare else "--steps"
+            raise UserError(f"{student.name} is a teacher, not a student; leave out {flag}")
+        return [heun_row(student, args.heun)]
+    if not args.compare:
+        sigmas = known_steps(student, args.steps or len(student.sigmas))
+        return [(student, partial(last_only, sigmas=sigmas), [steps_text(len(sigmas))])]
+    teacher = open_teacher(args, student)
+    shapes = {(r.network.image_shape, r.network.label_dim) for r in (teacher, student)}
+    if len(shapes) > 1:
+        raise UserError(f"--compare: {teacher.name} and {student.name} make images of different "
+                        "shapes or classes")
+    steps = [steps_text(n + 1) for n in range(len(student.sigmas))]
+    return [heun_row(teacher, args.heun),
+            (student, partial(sample_every_step, sigmas=student.sigmas), steps)]
+
+
+def known_steps(student, steps):
+    try:
+        return first_sigmas(student.sigmas, steps)
+    except ValueError as error:
+        raise UserError(f"--steps {steps}: {student.name}: {error}") from None
+
+
+def heun_row(opened, steps):
+    def sampler(*inputs):
+        return [sample_heun(*inputs, steps=steps)]
+
+    return opened, sampler, [f"teacher, {2 * steps - 1} evaluations"]
+
+
+def last_only(*inputs, sigmas):
+    return [sample_student(*inputs, sigmas=sigmas)]
+
+
+def steps_text(n):
+    return f"{n} step{'s' * (n > 1)}"
+
+
+def draw_block(seeds, rows, labels, device, precision):
+    """One block of seeds through every row, as numpy, so that ranks can pass it on."""
+    images = []
+    for opened, sampler, _ in rows:
+        drawn, classes = sample_block(opened.network, seeds, sampler, labels, device, precision)
+        images += [x.cpu().numpy() for x in drawn]
+    return seeds, images, None if classes is None else classes.cpu().numpy()
+
+
+def write_picture(path, blocks, args, rows, labels):
+    everything = list(blocks)
+    if not everything:
+        return                                              # not rank 0
+    variants = [np.concatenate(parts) for parts in zip(*(images for _, images, _ in everything))]
+    columns, row_labels, classes = args.columns, (), everything[0][2]
+    if args.compare:
+        columns, row_labels = len(args.all_seeds), [text for row in rows for text in row[2]]
+    elif labels == "balanced" and not args.grid:            # a row for each class
+        classes = np.concatenate([classes for _, _, classes in everything])
+        order, counts = np.argsort(classes, kind="stable"), np.unique(classes, return_counts=True)
+        if len(set(counts[1])) == 1:
+            variants, columns = [variants[0][order]], counts[1][0]
+            names = CIFAR10_CLASSES if rows[0][0].dataset == "cifar10" else range(classes.max() + 1)
+            row_labels = [str(names[c]) for c in counts[0]]
+    save_png(grid(np.concatenate(variants), columns, row_labels=row_labels), path)
+
+
+def choose_labels(args, network):
+    """ "random", "balanced", or one class."""
+    if network.label_dim == 0:
+        if args.label is not None or args.labels == "balanced":
+            raise UserError("--class and --labels: this network has no classes")
+        return "random"
+    if args.label is not None:
+        if not 0 <= args.label < network.label_dim:
+            raise UserError(f"--class {args.label}: allowed: 0 to {network.label_dim - 1}")
+        return args.label
+    by_class = args.kind == "png" and network.label_dim <= 20
+    return args.labels or ("balanced" if by_class else "random")
+
+
+def main():
+    args = parse()
+    device = distributed.start(args.device)
+    rows = open_rows(args)
+    network, labels = rows[0][0].network, choose_labels(args, rows[0][0].network)
+    for opened, _, _ in rows:
+        prepare(opened.network, device, args.precision, args.compile)
+    texts = [text for row in rows for text in row[2]]
+    path = Path(args.out or "-".join([rows[-1][0].dataset or rows[-1][0].path.stem,
+                                      "compare" if args.compare else texts[0].split(",")[0]]
+                                     ).replace(" ", "-") + ".png")
+
+    start, count = time.monotonic(), len(args.all_seeds)
+    draw = partial(draw_block, rows=rows, labels=labels, device=device, precision=args.precision)
+    blocks = gathered(draw, seed_blocks(args.all_seeds, network, device), device)
+    bar = tqdm(total=count, unit="image", delay=1, disable=distributed.rank() > 0)
+
+    def counted():
+        for block in blocks:
+            yield block
+            bar.update(len(block[0]))
+
+    if args.kind == "png":
+        write_picture(path, counted(), args, rows, labels)
+    elif distributed.rank() > 0:
+        for _ in blocks:
+            pass
+    elif args.kind == "zip":
+        write_zip(path, counted())
+    elif args.kind == "npz":
+        write_npz(path, counted(), count, network.image_shape)
+    else:
+        write_folder(path, counted())
+    bar.close()
+    say(f"wrote {path}: {count} images; {'; '.join(texts)}; {time.monotonic() - start:.1f} s")
+    distributed.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        run(main)

@@ -1,0 +1,454 @@
+"""The loop: resumable to the bit, independent of processes and parts, and what may stop it."""
+
+import gc
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import losses
+import models
+import records
+import train
+from edm_networks import EDMPrecond
+from errors import RunFailed, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet", model_channels=8,
+               channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.1)
+ROLES = ("student", "adapted", "ema", "head", "optimizers")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A small network with weights that matter, as stage 0 would leave it."""
+    torch.manual_seed(1)
+    network = EDMPrecond(**NETWORK)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    checkpoint.save(path, {"dataset": "digits", "method": "pmdd", "stage": 0, "sigmas": [],
+                           "network": network.config, "iteration": 0, "fid": {},
+                           "ema": network.state_dict()})
+    return path
+
+
+def flags(teacher, folder, *more, iterations=7, batch=8):
+    return ["--teacher", str(teacher), "--folder", str(folder), "--batch", str(batch), "--iterations",
+            str(iterations), "--evaluate-images", "12", "--evaluate-every", "4", "--save-every", "2",
+            "--regression-pairs", "20", "--regression-steps", "3", "--ttur", "3",
+            "--learning-rate", "1e-3", *more]
+
+
+def tensors(value, name=""):
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from tensors(item, f"{name}.{index}")
+
+
+def state(folder, stage=1):
+    saved = checkpoint.load(Path(folder) / f"stage{stage}" / "latest.pt")
+    return dict(tensors({role: saved[role] for role in ROLES if role in saved}))
+
+
+def relative_difference(a, b):
+    """Of each role by itself, the largest."""
+    assert a.keys() == b.keys()
+    worst = 0.0
+    for role in ROLES:
+        names = [n for n in a if n.startswith("." + role)]
+        if names:
+            off = sum((a[n].double() - b[n].double()).square().sum() for n in names).sqrt()
+            worst = max(worst, (off / sum(b[n].double().square().sum() for n in names).sqrt()).item())
+    return worst
+
+
+def run_python(code, *argv, processes=1, check=True, env=None):
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script = Path(argv[0]) if code is None else None
+    command = start + ([str(script)] if script else ["-c", textwrap.dedent(code)]) + list(
+        argv[1:] if script else argv)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+METHODS = {"pmdd": ["--stage", "1"], "dmd": ["--method", "dmd"], "dmd2": ["--method", "dmd2"],
+           "sid": ["--method", "sid"], "dmd2 in three steps": ["--method", "dmd2", "--stage", "3"]}
+
+
+# ---- Exact resume ----
+
+KILLED = """
+import os, signal, sys
+import train
+from train import update as real
+at, which = int(sys.argv[1]), sys.argv[2]
+
+def update(optimizer, losses, name, clip, step):
+    if step == at and name == which:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(optimizer, losses, name, clip, step)
+
+train.update = update
+train.main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("more, stage, kills", [
+    (["--stage", "1"], 1, [(0, "adapted_gradient"), (3, "student_gradient"), (6, "adapted_gradient")]),
+    (["--stage", "2"], 2, [(1, "adapted_gradient"), (5, "adapted_gradient")]),
+    (["--method", "dmd2", "--regression-weight", "0.25"], 1,
+     [(2, "adapted_gradient"), (3, "adapted_gradient")]),
+])
+def test_a_run_killed_at_any_iteration_ends_bit_for_bit_like_one_never_killed(
+        teacher, tmp_path, more, stage, kills):
+    for folder in ("whole", "killed"):
+        if stage == 2:
+            train.main(flags(teacher, tmp_path / folder, "--stage", "1", iterations=2))
+    train.main(flags(teacher, tmp_path / "whole", *more))
+    for at, which in kills:
+        done = run_python(KILLED, str(at), which, *flags(teacher, tmp_path / "killed", *more),
+                          check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    train.main(flags(teacher, tmp_path / "killed", *more))
+    whole, killed = state(tmp_path / "whole", stage), state(tmp_path / "killed", stage)
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    lines = [[{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")}
+              for line in records.read_metrics(tmp_path / f / f"stage{stage}" / "metrics.jsonl")]
+             for f in ("whole", "killed")]
+    assert lines[0] == lines[1]
+
+
+def test_a_finished_run_started_again_changes_nothing(teacher, tmp_path):
+    train.main(flags(teacher, tmp_path, "--stage", "1"))
+    before = state(tmp_path)
+    train.main(flags(teacher, tmp_path, "--stage", "1"))
+    after = state(tmp_path)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_terminated_run_saves_says_so_and_goes_on(teacher, tmp_path):
+    code = """
+    import os, signal, sys
+    import train
+    real = train.update
+    def update(optimizer, losses, name, clip, step):
+        if step == 3 and name == "adapted_gradient":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(optimizer, losses, name, clip, step)
+    train.update = update
+    train.run(lambda: train.main(sys.argv[1:]))
+    """
+    done = run_python(code, *flags(teacher, tmp_path / "stopped"), "--stage", "1", check=False)
+    assert done.returncode == 3 and "saved after 4 iterations" in done.stdout
+    assert checkpoint.load(tmp_path / "stopped" / "stage1" / "latest.pt")["iteration"] == 4
+    train.main(flags(teacher, tmp_path / "stopped", "--stage", "1"))
+    train.main(flags(teacher, tmp_path / "whole", "--stage", "1"))
+    stopped, whole = state(tmp_path / "stopped"), state(tmp_path / "whole")
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+# ---- Processes and parts ----
+
+@pytest.mark.parametrize("more, stage", [(["--stage", "2"], 2), (["--method", "dmd2"], 1)])
+def test_two_processes_or_four_parts_end_where_one_process_does(teacher, tmp_path, more, stage):
+    for name in ("one", "two", "four"):
+        if stage == 2:
+            train.main(flags(teacher, tmp_path / name, "--stage", "1", iterations=1))
+    train.main(flags(teacher, tmp_path / "one", *more, iterations=20))
+    train.main(flags(teacher, tmp_path / "four", *more, "--batch-per-gpu", "2", iterations=20))
+    run_python(None, ROOT / "train.py", *flags(teacher, tmp_path / "two", *more, iterations=20),
+               processes=2)
+    one = state(tmp_path / "one", stage)
+    assert relative_difference(state(tmp_path / "two", stage), one) < 1e-5
+    assert relative_difference(state(tmp_path / "four", stage), one) < 1e-5
+    fids = [checkpoint.load(tmp_path / name / f"stage{stage}" / "latest.pt")["fid"]
+            for name in ("one", "two")]
+    for steps, figures in fids[0].items():
+        assert fids[1][steps] == pytest.approx(figures, rel=1e-3)
+
+
+# ---- The algorithm ----
+
+@pytest.mark.parametrize("ttur, iterations", [(1, 4), (3, 7), (5, 5), (5, 11)])
+def test_the_student_moves_every_ttur_th_iteration_and_the_adapted_network_every_one(
+        teacher, tmp_path, ttur, iterations):
+    train.main(flags(teacher, tmp_path, "--stage", "1", "--ttur", str(ttur), iterations=iterations))
+    saved = checkpoint.load(tmp_path / "stage1" / "latest.pt")
+    student, adapted = ({int(s["step"]) for s in o["state"].values()} for o in saved["optimizers"])
+    assert student == {-(-iterations // ttur)} and adapted == {iterations}
+
+
+def test_stages_continue_from_the_best_student_and_start_with_nothing_to_unforget(teacher, tmp_path):
+    train.main(flags(teacher, tmp_path))                                     # stages 1, 2, 3
+    for stage in (2, 3):
+        best = checkpoint.load(tmp_path / f"stage{stage - 1}" / "best.pt")
+        lines = records.read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
+        assert lines[0]["unforget"] == pytest.approx(0, abs=1e-12)
+        assert max(line.get("unforget", 0) for line in lines) > 1e-12       # later there is something
+        roles = train.load_roles(*first_row(flags(teacher, tmp_path, "--stage", str(stage))), "cpu")
+        for role in ("student", "previous", "ema"):
+            got = getattr(roles, role).state_dict()
+            assert all(torch.equal(got[k], v) for k, v in best["ema"].items())
+        assert all(torch.equal(roles.adapted.state_dict()[k], v) for k, v in best["adapted"].items())
+        saved = checkpoint.load(tmp_path / f"stage{stage}" / "latest.pt")
+        assert len(saved["sigmas"]) == stage and set(saved["fid"]) == {str(n + 1) for n in range(stage)}
+
+
+def first_row(argv):
+    _, config, options = train.parse(argv)[0]
+    return config, options
+
+
+def test_best_holds_the_lowest_fid_of_the_stages_own_step_count(teacher, tmp_path):
+    train.main(flags(teacher, tmp_path, "--stage", "1", "--evaluate-every", "1", iterations=5))
+    lines = records.read_metrics(tmp_path / "stage1" / "metrics.jsonl")
+    fids = {line["iteration"] + 1: line["digits-FID@1"] for line in lines if "digits-FID@1" in line}
+    best = checkpoint.load(tmp_path / "stage1" / "best.pt")
+    assert best["best_fid"] == min(fids.values()) == fids[best["iteration"]]
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_external_sampling_rolls_out_the_previous_student_and_own_sampling_the_current(
+        teacher, tmp_path, external, monkeypatch):
+    train.main(flags(teacher, tmp_path, "--stage", "1", iterations=4))
+    rolled, real = [], train.roll_out
+
+    def watched(source, *args):
+        rolled.append(source)
+        return real(source, *args)
+
+    monkeypatch.setattr(train, "roll_out", watched)
+    made, load = [], train.load_roles
+    monkeypatch.setattr(train, "load_roles", lambda *a: made.append(load(*a)) or made[0])
+    flag = "--external-sampling" if external else "--no-external-sampling"
+    train.main(flags(teacher, tmp_path, "--stage", "2", flag))
+    assert rolled and all(s is (made[0].previous if external else made[0].student) for s in rolled)
+
+
+def test_dmd2_with_several_steps_trains_every_step_by_its_own_roll_out(teacher, tmp_path, monkeypatch):
+    lengths, real = [], train.roll_out
+
+    def watched(student, z, y, sigmas, noises):
+        lengths.append(len(sigmas))
+        return real(student, z, y, sigmas, noises)
+
+    monkeypatch.setattr(train, "roll_out", watched)
+    train.main(flags(teacher, tmp_path, "--method", "dmd2", "--stage", "3", iterations=20))
+    assert set(lengths) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_teacher_and_previous_never_change_and_the_average_follows_the_student(
+        teacher, tmp_path, method, monkeypatch):
+    made, load = [], train.load_roles
+    monkeypatch.setattr(train, "load_roles", lambda *a: made.append(load(*a)) or made[-1])
+    train.main(flags(teacher, tmp_path, *METHODS[method]))
+    roles, original = made[0], checkpoint.load(teacher)["ema"]
+    assert all(torch.equal(roles.teacher.state_dict()[k], v) for k, v in original.items())
+    moved = [not torch.equal(roles.student.state_dict()[k], v) for k, v in original.items()
+             if not k.endswith("resample_filter")]
+    assert sum(moved) > 0.9 * len(moved)
+    assert all(p.grad is None for p in roles.teacher.parameters())
+    moved = sum((s - t).square().sum() for s, t in zip(roles.student.parameters(),
+                                                       roles.teacher.parameters()))
+    behind = sum((e - t).square().sum() for e, t in zip(roles.ema.parameters(),
+                                                        roles.teacher.parameters()))
+    assert 0 < behind < moved
+
+
+WITHOUT_DATA = """
+import sys
+sys.modules["data"] = None                  # importing it fails
+import train
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--method", "sid"], ["--method", "dmd2", "--gan-weight", "0"]])
+def test_data_free_methods_run_when_the_data_module_cannot_be_imported(teacher, tmp_path, more):
+    run_python(WITHOUT_DATA, *flags(teacher, tmp_path, *more, iterations=3))
+
+
+def test_the_gan_and_the_regression_do_need_the_data_module(teacher, tmp_path):
+    done = run_python(WITHOUT_DATA, *flags(teacher, tmp_path, "--method", "dmd2"), check=False)
+    assert done.returncode == 1 and "data" in done.stderr
+
+
+# ---- Memory and reading cost ----
+
+def test_a_run_keeps_one_copy_of_each_network_gradient_and_optimizer_state(
+        teacher, tmp_path, monkeypatch):
+    train.main(flags(teacher, tmp_path, "--stage", "1", iterations=2))
+    seen, real = [], train.Log.due
+
+    def due(self, step):
+        if step == 4:
+            gc.collect()
+            found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                     for t in gc.get_objects() if isinstance(t, torch.Tensor)}
+            found |= {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes()
+                      for t in gc.get_objects() if isinstance(t, torch.nn.Module)
+                      for p in t.parameters() if p.grad is not None}
+            seen.append(sum(found.values()))
+        return real(self, step)
+
+    monkeypatch.setattr(train.Log, "due", due)
+    held = sum(t.untyped_storage().nbytes() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    train.main(flags(teacher, tmp_path, "--stage", "2"))
+    weights = 4 * sum(p.numel() for p in EDMPrecond(**NETWORK).parameters())
+    # student, adapted, teacher, previous, average, two Adam states of two moments each
+    assert seen[0] - held < (5 + 4 + 0.25) * weights + 500_000
+
+
+def lines_of(function):
+    return len(inspect.getsource(function).splitlines())
+
+
+def test_one_iteration_can_be_followed_in_two_hundred_lines():
+    assert lines_of(train.distill) <= 130
+    ring = [train.distill, train.draw_iteration, train.update, models.roll_out,
+            models.denoise_together, models.update_ema, losses.denoising_loss, losses.dm_loss,
+            losses.sid_loss, losses.unforget_loss, losses.mean_error]
+    assert sum(map(lines_of, ring)) <= 200
+
+
+# ---- What stops a run ----
+
+@pytest.mark.parametrize("target, term, at", [("sid_loss", "distill", 3), ("unforget_loss", "unforget", 3),
+                                              ("denoising_loss", "denoising", 2)])
+def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
+        teacher, tmp_path, monkeypatch, target, term, at):
+    train.main(flags(teacher, tmp_path, "--stage", "1", iterations=2))
+    made, load, real, calls = [], train.load_roles, getattr(train, target), []
+    monkeypatch.setattr(train, "load_roles", lambda *a: made.append(load(*a)) or made[-1])
+    role, ttur = ("adapted", 1) if term == "denoising" else ("student", 3)
+
+    def poisoned(*args, **kwargs):
+        loss = real(*args, **kwargs)
+        if len(calls) == at // ttur:
+            calls.append({k: v.clone() for k, v in getattr(made[0], role).state_dict().items()})
+            return loss * float("nan")
+        calls.append(None)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, target, poisoned)
+        with pytest.raises(RunFailed, match=f"iteration {at}: {term} is nan"):
+            train.main(flags(teacher, tmp_path, "--stage", "2"))
+    now = getattr(made[0], role).state_dict()
+    assert all(torch.equal(now[k], v) for k, v in calls[-1].items())
+    assert checkpoint.load(tmp_path / "stage2" / "latest.pt")["iteration"] == at - at % 2
+    with pytest.raises(UserError, match=r"learning_rate \(was 0.001, now 0.0005\)"):
+        train.main(flags(teacher, tmp_path, "--stage", "2", "--learning-rate", "5e-4"))
+    train.main(flags(teacher, tmp_path, "--stage", "2", "--learning-rate", "5e-4", "--force"))
+    saved = checkpoint.load(tmp_path / "stage2" / "latest.pt")
+    assert saved["iteration"] == 7
+    assert all(g["lr"] == 5e-4 for o in saved["optimizers"] for g in o["param_groups"])
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.tensor([float("inf"), 0.0])
+    with pytest.raises(RunFailed, match="iteration 9: student_gradient is inf"):
+        train.update(optimizer, {"distill": torch.tensor(1.0)}, "student_gradient", 10.0, 9)
+    assert torch.equal(weight.data, torch.ones(2))
+
+
+def test_gradients_are_clipped_to_the_norm_that_was_asked_for():
+    for clip, factor in ((0.5, 0.1), (0.0, 1.0)):
+        weight = torch.nn.Parameter(torch.zeros(2))
+        weight.grad = torch.tensor([3.0, 4.0])
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        figures = train.update(optimizer, {}, "student_gradient", clip, 0)
+        assert figures == {"student_gradient": 5.0}
+        assert torch.allclose(weight.data, torch.tensor([-3.0, -4.0]) * factor)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--stage", "2"], "python train.py --dataset digits --stage 1 makes it"),
+    (["--stage", "1", "--teacher", "nowhere.pt"], "no such file and no published name"),
+    (["--stage", "1", "--start-from", "nowhere.pt"], "nowhere.pt, which is not there"),
+    (["--stage", "1", "--batch-per-gpu", "3"], "--batch-per-gpu 3 does not divide the 8 images"),
+    (["--method", "dmd2", "--data", "nowhere"], "no images at nowhere"),
+    (["--stage", "1", "--reference", "nowhere.npz"], "nowhere.npz"),
+])
+def test_a_users_mistake_is_one_line_that_says_how_to_mend_it(teacher, tmp_path, argv, message):
+    with pytest.raises(UserError, match=message):
+        train.main(flags(teacher, tmp_path, *argv))
+
+
+def test_a_checkpoint_of_another_dataset_or_architecture_is_refused(teacher, tmp_path):
+    other = checkpoint.load(teacher) | {"adapted": checkpoint.load(teacher)["ema"], "sigmas": [80.0]}
+    checkpoint.save(tmp_path / "other.pt", other | {"dataset": "cifar10"})
+    with pytest.raises(UserError, match="is of dataset cifar10, this run of digits"):
+        train.main(flags(teacher, tmp_path / "a", "--stage", "2", "--start-from",
+                         str(tmp_path / "other.pt")))
+    wide = EDMPrecond(**NETWORK | {"model_channels": 16})
+    checkpoint.save(tmp_path / "wide.pt", other | {"network": wide.config, "ema": wide.state_dict(),
+                                                   "adapted": wide.state_dict()})
+    with pytest.raises(UserError, match="another architecture"):
+        train.main(flags(teacher, tmp_path / "b", "--stage", "2", "--start-from",
+                         str(tmp_path / "wide.pt")))
+
+
+def test_the_command_line_exits_with_two_and_one_line(teacher, tmp_path):
+    done = run_python(None, ROOT / "train.py", *flags(teacher, tmp_path), "--stage", "2", check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    if not torch.cuda.is_available():
+        done = run_python(None, ROOT / "train.py", "--device", "cuda", check=False)
+        assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path, capsys):
+    train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", "--ttur", "5", iterations=100))
+    out = capsys.readouterr().out
+    assert "student updates: 20" in out and "adapted updates: 100" in out
+    assert "images generated: 800" in out and "memory, all of one process" in out
+    assert "learning_rate: 0.001" in out and not any(tmp_path.iterdir())
+
+
+def test_a_teacher_trains_and_resumes_to_the_bit_and_can_be_distilled(tmp_path, monkeypatch):
+    preset = train.parse(["--stage", "0"])[0][0]
+    monkeypatch.setattr(preset.__class__, "network", NETWORK, raising=False)
+    object.__setattr__(preset, "network", NETWORK)          # a small one, with dropout
+    for folder, stops in (("whole", [6]), ("twice", [3, 6])):
+        for iterations in stops:
+            train.main(["--stage", "0", "--folder", str(tmp_path / folder), "--batch", "8", "--force",
+                        "--iterations", str(iterations), "--evaluate-images", "12",
+                        "--evaluate-every", "3"])
+    whole, twice = state(tmp_path / "whole", 0), state(tmp_path / "twice", 0)
+    assert all(torch.equal(whole[name], twice[name]) for name in whole)
+    train.main(flags(tmp_path / "whole" / "stage0" / "best.pt", tmp_path / "student", iterations=1))
+
+
+def test_metrics_hold_the_figures_that_a_person_watches(teacher, tmp_path):
+    train.main(flags(teacher, tmp_path, "--method", "dmd2", "--regression-weight", "0.25"))
+    lines = records.read_metrics(tmp_path / "stage1" / "metrics.jsonl")
+    assert {"distill", "gan", "regression", "student_gradient", "denoising", "discriminator",
+            "adapted_gradient", "image_mean", "image_spread", "images_per_second",
+            "seconds_left"} <= set(lines[0])
+    assert "digits-FID@1" in lines[-1] and 0 <= lines[-1]["right_class@1"] <= 1
+    config = json.loads((tmp_path / "stage1" / "config.json").read_text())
+    assert config["config"]["batch"] == 8 and config["versions"]["torch"] == torch.__version__
+    assert sorted(p.name for p in (tmp_path / "stage1" / "samples").iterdir()) == [
+        "000004.png", "000007.png"]
