@@ -5,14 +5,16 @@ torch.load(path, weights_only=True) reads it and every damaged byte is found. `l
 newest, `previous.pt` the one before, `best.pt` the best by FID.
 """
 
+import contextlib
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import torch
 
 from edm_networks import EDMPrecond
-from errors import RunFailed, UserError
+from errors import RunFailed, UserError, run
 
 FORMAT = 1
 DIGEST = 64                      # hexadecimal digits of a sha256
@@ -51,14 +53,13 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise RunFailed(f"cannot write {path}: {error.strerror or error}; what was there before "
-                        "is intact") from error
-    except RuntimeError as error:           # torch's zip writer reports a full disk this way
-        raise RunFailed(f"cannot write {path}: {str(error).splitlines()[0]}; what was there before "
-                        "is intact") from error
+    except (OSError, RuntimeError) as error:    # the latter is torch's zip writer on a full disk
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        raise RunFailed(f"cannot write {path}: {reason}; what was there before is "
+                        "intact") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):      # gone by its rename, or the disk is beyond writing
+            temporary.unlink()
 
 
 def save(path, payload):
@@ -88,9 +89,14 @@ def load(path, device="cpu"):
             raise DamagedCheckpoint(f"{path} is damaged or not one of our checkpoints "
                                     "(its checksum does not match); use another copy")
         payload = torch.load(path, map_location=device, weights_only=True)
+        ours = bool(payload["format"] == FORMAT)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    except (DamagedCheckpoint, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception:       # a checksum that matches proves no author; torch raises many types
+        ours = False
+    if not ours:
         raise DamagedCheckpoint(f"{path} is not a checkpoint of format {FORMAT}")
     return payload
 
@@ -100,24 +106,29 @@ def save_latest(folder, payload):
     latest, previous = Path(folder) / "latest.pt", Path(folder) / "previous.pt"
     fresh = latest.with_name("newest.pt")
     save(fresh, payload)
-    if latest.exists():
-        os.replace(latest, previous)
-    os.replace(fresh, latest)
-    sync_folder(folder)
+    try:
+        if latest.exists():
+            os.replace(latest, previous)
+        os.replace(fresh, latest)
+        sync_folder(folder)
+    except OSError as error:
+        raise RunFailed(f"cannot rename {fresh}: {error.strerror}; it is whole, and a resumed run "
+                        "starts from it") from error
 
 
 def load_latest(folder, device="cpu", say=print):
     """The newest undamaged checkpoint of a run, None if there is none at all."""
     # A crash between the renames of save_latest leaves newest.pt beside previous.pt.
-    candidates = [p for p in (Path(folder) / name for name in ("newest.pt", "latest.pt", "previous.pt"))
-                  if p.exists()]
+    names = ("newest.pt", "latest.pt", "previous.pt")
+    candidates = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
     for path in candidates:
         try:
             return load(path, device)
         except DamagedCheckpoint as error:
             say(f"warning: {error}")
     if candidates:
-        raise UserError(f"no undamaged checkpoint in {folder}; move the folder away to start afresh")
+        raise UserError(f"no undamaged checkpoint in {folder}; move the folder away to start "
+                        "afresh")
     return None
 
 
@@ -126,3 +137,16 @@ def network_from(payload, weights="ema"):
     network = EDMPrecond(**payload["network"])
     network.load_state_dict(payload[weights], strict=True)
     return network.eval()
+
+
+def main(argv):
+    """python checkpoint.py runs/.../best.pt assets/digits-student.pt: what sampling needs, alone."""
+    if len(argv) != 2:
+        raise UserError("usage: python checkpoint.py BEST.pt OUT.pt")
+    payload = load(argv[0])
+    save(argv[1], {k: payload[k] for k in ("dataset", "method", "stage", "sigmas", "network",
+                                           "iteration", "fid", "ema")})
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))

@@ -6,9 +6,9 @@ GAN never import it.
 
 import io
 import json
+import shutil
 import tarfile
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import write_atomically
-from errors import UserError
+from errors import RunFailed, UserError
 from models import sample_heun, sample_seeds
 from pretrained import fetch
 
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CIFAR10_SHAPE, CIFAR10_RECORD = (3, 32, 32), 1 + 3 * 32 * 32
+LARGEST_FILE, LARGEST_IMAGE = 1 << 28, 1 << 24      # bytes, pixels: what is above is a bomb
 
 
 class Images:
@@ -53,8 +54,8 @@ def open_images(source, cache=None):
         return digits()
     path = fetch("cifar10", cache) if source == "cifar10" else Path(source)
     if not path.exists():
-        raise UserError(f"no images at {path}: give digits, cifar10, a folder, a zip, or CIFAR-10's "
-                        "binary archive")
+        raise UserError(f"no images at {path}: give digits, cifar10, a folder, a zip, or "
+                        "CIFAR-10's binary archive")
     if path.is_dir():
         return folder_or_zip(path)
     return folder_or_zip(path) if zipfile.is_zipfile(path) else cifar10(path)
@@ -73,16 +74,21 @@ def cifar10(path):
     parts = []
     try:
         with tarfile.open(path, "r:*") as archive:
-            for member in archive:                      # one pass over the compressed stream
-                if member.isfile() and Path(member.name).name.startswith("data_batch"):
+            for member in archive:                      # one pass; nothing is written to disk
+                name = Path(member.name).name
+                if member.isfile() and name.startswith("data_batch") and name.endswith(".bin"):
+                    if member.size > LARGEST_FILE:
+                        raise ValueError(f"{name} would have {member.size} bytes")
                     parts.append((member.name, archive.extractfile(member).read()))
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"{path} is not CIFAR-10's binary archive or is damaged: {error}") from error
+    except Exception as error:              # tarfile, gzip and zlib raise many types
+        raise UserError(f"{path} is neither a whole zip nor CIFAR-10's binary archive: "
+                        f"{error}") from error
     if not parts:
-        raise UserError(f"{path} holds no data_batch files; wanted: cifar-10-binary.tar.gz")
+        raise UserError(f"{path} holds no data_batch_*.bin; wanted: cifar-10-binary.tar.gz")
     for name, part in parts:
         if not part or len(part) % CIFAR10_RECORD:
-            raise UserError(f"{path}: {name} has {len(part)} bytes, not a multiple of {CIFAR10_RECORD}")
+            raise UserError(f"{path}: {name} has {len(part)} bytes, not a multiple of "
+                            f"{CIFAR10_RECORD}")
     records = np.frombuffer(b"".join(part for _, part in sorted(parts)), np.uint8)
     records = records.reshape(-1, CIFAR10_RECORD)
     if records[:, 0].max() > 9:
@@ -92,19 +98,15 @@ def cifar10(path):
 
 
 def folder_or_zip(path):
-    """Images in EDM's layout: any folders, classes in dataset.json {"labels": [[name, class], ...]}."""
+    """Images in EDM's layout: any folders, and dataset.json {"labels": [[name, class], ...]}."""
     if path.is_dir():
-        names = sorted(str(p.relative_to(path)) for p in path.rglob("*")
-                       if p.suffix.lower() in IMAGE_FILES)
+        found = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
 
         def read_bytes(name):
             return (path / name).read_bytes()
-
-        has_labels = (path / "dataset.json").is_file()
     else:
-        archive = zipfile.ZipFile(path)                 # opened once, kept open
-        names = sorted(n for n in archive.namelist() if Path(n).suffix.lower() in IMAGE_FILES)
-        read_bytes, has_labels = archive.read, "dataset.json" in archive.namelist()
+        found, read_bytes = open_zip(path)
+    names, has_labels = sorted(filter(is_image, found)), "dataset.json" in found
     if not names:
         raise UserError(f"no images in {path}; wanted: {', '.join(IMAGE_FILES)}")
     labels = read_labels(path, names, read_bytes) if has_labels else None
@@ -122,6 +124,26 @@ def folder_or_zip(path):
     return Images(str(path), first.shape, labels, read, label_dim)
 
 
+def is_image(name):
+    return Path(name).suffix.lower() in IMAGE_FILES
+
+
+def open_zip(path):
+    """Names of the members, and a reader; opened once, kept open."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:              # beyond BadZipFile: struct's, unsupported versions
+        raise UserError(f"{path} is a damaged zip: {error}") from error
+
+    def read_bytes(name):
+        size = archive.getinfo(name).file_size          # zipfile reads no more than it states
+        if size > LARGEST_FILE:
+            raise ValueError(f"it would have {size} bytes")
+        return archive.read(name)
+
+    return [name for name in archive.namelist() if not name.endswith("/")], read_bytes
+
+
 def shape_text(image):
     return f"{image.shape[2]}x{image.shape[1]} with {image.shape[0]} channel(s)"
 
@@ -130,10 +152,14 @@ def decode(path, name, read_bytes):
     """One image file as uint8 [C,H,W], grey or RGB."""
     try:
         with Image.open(io.BytesIO(read_bytes(name))) as image:
-            image = image.convert("L" if image.mode in ("1", "L", "LA", "I;16") else "RGB")
-            pixels = np.array(image)
-    except (OSError, ValueError, SyntaxError, KeyError, zipfile.BadZipFile, zipfile.zlib.error,
-            Image.DecompressionBombError) as error:
+            if image.width * image.height > LARGEST_IMAGE:
+                raise ValueError(f"{image.width}x{image.height} is above {LARGEST_IMAGE} pixels")
+            if image.mode.startswith("I"):              # 16-bit grey, which Pillow would clip
+                pixels = np.round(np.array(image) / 257).clip(0, 255).astype(np.uint8)
+            else:
+                grey = image.mode in ("1", "L", "LA")
+                pixels = np.array(image.convert("L" if grey else "RGB"))
+    except Exception as error:              # Pillow, zipfile and zlib raise many types
         raise UserError(f"{path}: cannot read {name} as an image: {error}") from error
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
@@ -145,12 +171,12 @@ def read_labels(path, names, read_bytes):
         if pairs is None:
             return None
         classes = {str(name).replace("\\", "/"): label for name, label in pairs}
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:              # the file's, and whatever JSON may hold
         raise UserError(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}}: "
                         f"{error}") from error
     for name in names:
         label = classes.get(name.replace("\\", "/"))
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        if type(label) is not int or not 0 <= label < 1 << 31:
             raise UserError(f"{path}: dataset.json gives {name} the class {label!r}; allowed: "
                             "whole numbers from 0")
     return np.array([classes[name.replace("\\", "/")] for name in names], np.int64)
@@ -159,11 +185,11 @@ def read_labels(path, names, read_bytes):
 def check_fits(images, network):
     """The images must be what the network makes."""
     if images.shape != network.image_shape:
-        raise UserError(f"{images.name} has images of shape {list(images.shape)}, the teacher makes "
-                        f"{list(network.image_shape)}")
+        raise UserError(f"{images.name} has images of shape {list(images.shape)}, the teacher "
+                        f"makes {list(network.image_shape)}")
     if network.label_dim and images.label_dim > network.label_dim:
-        raise UserError(f"{images.name} has class {images.label_dim - 1}, out of range: the teacher "
-                        f"knows 0 to {network.label_dim - 1}")
+        raise UserError(f"{images.name} has class {images.label_dim - 1}, out of range: the "
+                        f"teacher knows 0 to {network.label_dim - 1}")
     if network.label_dim and not images.label_dim:
         raise UserError(f"{images.name} has no classes (dataset.json), the teacher needs them")
 
@@ -181,41 +207,46 @@ def noise_image_pairs(teacher, count, steps, folder, batch, device):
     path, parts = folder / "pairs.npz", folder / "pairs"
     about = np.array(json.dumps(dict(count=count, steps=steps)))
     if not path.exists():
-        parts.mkdir(exist_ok=True)
-        starts = range(0, count, PAIRS_PART)
-        mine = [s for s in list(starts)[distributed.rank()::distributed.world_size()]
-                if not (parts / f"{s}-{steps}.npz").exists()]
-        for start in tqdm(mine, desc="noise-image pairs", unit="part", disable=distributed.rank() > 0):
-            make_part(teacher, range(start, min(start + PAIRS_PART, count)), steps,
-                      parts / f"{start}-{steps}.npz", batch, device)
+        make_folder(parts)
+        ranges = [range(s, min(s + PAIRS_PART, count)) for s in range(0, count, PAIRS_PART)]
+        files = {seeds: parts / f"{seeds[0]}-{seeds[-1]}-{steps}.npz" for seeds in ranges}
+        mine = [seeds for seeds in ranges[distributed.rank()::distributed.world_size()]
+                if not files[seeds].exists()]
+        for seeds in tqdm(mine, desc="noise-image pairs", unit="part",
+                          disable=distributed.rank() > 0):
+            make_part(teacher, seeds, steps, files[seeds], batch, device)
         distributed.barrier()
         if distributed.rank() == 0:
-            loaded = [read_npz(parts / f"{s}-{steps}.npz") for s in starts]
+            loaded = [read_npz(file, ("z", "y", "classes")) for file in files.values()]
             whole = {k: np.concatenate([part[k] for part in loaded]) for k in loaded[0]}
             write_npz(path, about=about, **whole)
-            for part in parts.iterdir():
-                part.unlink()
-            parts.rmdir()
         distributed.barrier()
-    pairs = read_npz(path)
+    if distributed.rank() == 0:
+        shutil.rmtree(parts, ignore_errors=True)
+    pairs = read_npz(path, ("about", "z", "y", "classes"))
     if str(pairs["about"]) != str(about):
         raise UserError(f"{path} was made with {pairs['about']}, this run wants {about}; "
                         "move it away to make new pairs")
     return tuple(torch.from_numpy(pairs[k]) for k in ("z", "y", "classes"))
 
 
+def make_folder(path):
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise RunFailed(f"cannot make {path}: {error.strerror}") from error
+
+
 def make_part(teacher, seeds, steps, path, batch, device):
     z, y, classes = [], [], []
+
+    def sampler(network, noise_input, labels, noise):
+        z.append(noise_input.cpu().numpy())
+        return sample_heun(network, noise_input, labels, steps=steps)
+
     for start in range(0, len(seeds), batch):
         chunk = seeds[start:start + batch]
-        drawn = []
-
-        def sampler(network, noise_input, labels, noise):
-            drawn.append(noise_input)
-            return partial(sample_heun, steps=steps)(network, noise_input, labels, noise)
-
         images, label = sample_seeds(teacher, chunk, sampler, device=device)
-        z.append(drawn[0].cpu().numpy())
         y.append(images.cpu().half().numpy())
         classes.append(np.zeros(len(chunk), np.int64) if label is None else label.cpu().numpy())
     write_npz(path, z=np.concatenate(z), y=np.concatenate(y), classes=np.concatenate(classes))
@@ -229,12 +260,13 @@ def write_npz(path, **arrays):
     write_atomically(path, write)
 
 
-def read_npz(path):
+def read_npz(path, names):
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {k: file[k] for k in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); move it away, it will be made again") from error
+            return {name: file[name] for name in names}
+    except Exception as error:              # numpy, zipfile and zlib raise many types
+        raise UserError(f"{path} is damaged ({error}); move it away, it will be made "
+                        "again") from error
 
 
 def make_digits(path=DIGITS):
@@ -242,6 +274,8 @@ def make_digits(path=DIGITS):
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("making assets/digits.npz needs scikit-learn: pip install scikit-learn") from None
+        raise UserError("making assets/digits.npz needs scikit-learn: "
+                        "pip install scikit-learn") from None
     published = load_digits()
-    write_npz(path, images=published.images.astype(np.uint8), labels=published.target.astype(np.uint8))
+    write_npz(path, images=published.images.astype(np.uint8),
+              labels=published.target.astype(np.uint8))

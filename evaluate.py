@@ -193,12 +193,11 @@ def evaluate(job, judge, repeat, repeats):
     tallies = [Tally(judge, job.n) for _ in job.what]
     mine = job.blocks(range(first, first + job.n))[distributed.rank()::distributed.world_size()]
     text = job.what[-1][0] + (f", block {repeat + 1} of {repeats}" if repeats > 1 else "")
-    bar = progress(None, sum(map(len, mine)), text)
-    for block, outputs, classes in in_parallel(task, mine, judge.device):
-        for tally, (features, logits) in zip(tallies, outputs):
-            tally.add(block[0] - first, features, logits, classes)
-        bar.update(len(block))
-    bar.close()
+    with progress(None, sum(map(len, mine)), text) as bar:
+        for block, outputs, classes in in_parallel(task, mine, judge.device):
+            for tally, (features, logits) in zip(tallies, outputs):
+                tally.add(block[0] - first, features, logits, classes)
+            bar.update(len(block))
     return [tally.figures() for tally in tallies]
 
 

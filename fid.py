@@ -20,15 +20,14 @@ from tqdm import tqdm
 from checkpoint import write_atomically
 from digits_network import load_digits_network
 from errors import UserError, run
-from inception import Inception, load_inception
+from inception import Inception, load_inception  # noqa: F401 - Inception for those who import it
 
-__all__ = ["Inception", "load_inception"]
 
-def feature_network(dataset, cache=None, device="cpu"):
-    """The network whose features score this dataset."""
+def feature_network(dataset, cache=None, device="cpu", weights=None):
+    """The network whose features score this dataset; `weights` is Inception's file, put by hand."""
     if dataset == "digits":
         return load_digits_network(device=device)
-    return load_inception(cache, device)
+    return load_inception(cache, device, weights)
 
 
 # Statistics ---------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ def read_reference(path, dimensions=None):
             raise ValueError("holds values that are not finite")
         if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-6 * abs(covariance).max()):
             raise ValueError("sigma is not symmetric")
-    except Exception as error:  # noqa: BLE001 - zip, zlib and numpy raise many types
+    except Exception as error:  # zip, zlib and numpy raise many types
         raise UserError(f"{path}: not a reference with mu and sigma ({error})") from None
     if dimensions is not None and mean.size != dimensions:
         raise UserError(f"{path}: reference of {mean.size} dimensions, need {dimensions}: "
@@ -194,6 +193,9 @@ class InceptionScore:
         return scores.mean().item(), scores.std(correction=0).item()
 
 
+BLOCK = 1024  # rows of features at a time: memory stays below 200 MB whatever the number of images
+
+
 def precision_recall(real, fake, k=3):
     """Shares of fake features [N,D] on the real manifold, and of real ones on the fake manifold.
 
@@ -221,9 +223,6 @@ def _share_covered(points, centres, k):
     return covered.double().mean().item()
 
 
-BLOCK = 2048  # rows of features at a time: memory stays below 200 MB whatever the number of images
-
-
 def squared_distances(a, b):
     """[len(a),len(b)] in float64, where the cancellation of this form does no harm."""
     a, b = a.double(), b.double()
@@ -248,9 +247,11 @@ def main():
         raise UserError(f"--out {args.out}: no such folder")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: must be at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: no CUDA device here; cpu works")
 
     from data import open_images  # training imports this file and needs no real images
-    images = open_images(args.data)
+    images = open_images(args.data, args.cache)
     network = feature_network(args.data, args.cache, args.device)
     batches = (batch for batch, _ in images.batches(args.batch))
     steps = -(-len(images) // args.batch)

@@ -28,14 +28,21 @@ class Options:
     world_size: int
 
 
+class Parser(argparse.ArgumentParser):
+    """A wrong flag ends with one line, as every other mistake does."""
+
+    def error(self, message):
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+
 def parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="train.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Distil a diffusion model into a student of one, two or three steps. Without "
-                    "--stage, PMDD runs its stages 1, 2, 3 in order. The same command resumes a run.")
+        description="Distil a diffusion model into a few-step student. Without --stage, PMDD runs "
+                    "its stages 1, 2, 3 in order. The same command resumes a run.")
     preset = parser.add_argument_group("what is computed (default: the preset's value)")
     for f in dataclasses.fields(Config):
-        flag, kwargs = "--" + f.name.replace("_", "-"), dict(f.metadata, default=None)
+        flag, kwargs = "--" + f.name.replace("_", "-"), dict(f.metadata, default=argparse.SUPPRESS)
         if f.name in ("dataset", "method"):
             kwargs["default"] = f.default
         elif isinstance(f.default, bool):
@@ -45,8 +52,6 @@ def parser():
             kwargs |= dict(type=float, nargs="+")
         else:
             kwargs["type"] = type(f.default)
-        if kwargs["default"] is None:
-            kwargs["default"] = argparse.SUPPRESS
         preset.add_argument(flag, **kwargs)
     preset.add_argument("--variant", default="",
                         help="another row of the same paper: unconditional, no-gan, longer")
@@ -58,7 +63,7 @@ def parser():
                                          "published one of the dataset)")
     how.add_argument("--inception", help="file with the 2015-12-05 Inception weights (default: the "
                                          "published one, downloaded)")
-    how.add_argument("--cache", help="folder of downloaded files (default: $PMDD_CACHE or ~/.cache/pmdd)")
+    how.add_argument("--cache", help="folder of downloads (default: $PMDD_CACHE or ~/.cache/pmdd)")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument("--batch-per-gpu", type=int, default=0,
                      help="images of one forward pass; smaller ones accumulate gradients (0: all)")
@@ -74,7 +79,8 @@ def parser():
 def parse(argv=None):
     """The rows to run in order, as (preset, config, options)."""
     args = parser().parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+             if hasattr(args, f.name)}
     stages = [given["stage"]] if "stage" in given else [1, 2, 3] if args.method == "pmdd" else [1]
     rows = []
     for stage in stages:
@@ -109,13 +115,15 @@ def check(config):
     for name in ("ttur", "iterations", "batch", "save_every", "regression_steps"):
         require(getattr(config, name) >= 1, name, "whole numbers, at least 1")
     for name in ("unforget_weight", "gan_weight", "gan_adapted_weight", "regression_weight",
-                 "regression_pairs", "weight_decay", "clip", "ema_halflife", "evaluate_every", "seed",
+                 "regression_pairs", "weight_decay", "clip", "ema_halflife", "evaluate_every",
                  "alpha"):
         require(0 <= getattr(config, name) < math.inf, name, "0 or more")
+    require(0 <= config.seed < 1 << 63, "seed", "0 to 2^63 - 1, as torch's generators")
     require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")
     require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas",
             "two numbers from 0 to below 1")
-    require(len(config.sigmas) == config.stage, "sigmas", f"{config.stage} noise levels, one a step")
+    require(len(config.sigmas) == config.stage, "sigmas",
+            f"{config.stage} noise levels, one a step")
     require(all(a > b > 0 for a, b in zip((math.inf, *config.sigmas), config.sigmas)), "sigmas",
             "falling, above 0")
     require(config.evaluate_images >= 2, "evaluate_images", "whole numbers, at least 2")
@@ -129,12 +137,13 @@ def check(config):
 def options(args, config):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if config.batch % world_size:
-        raise UserError(f"--batch {config.batch} cannot be divided by {world_size} processes; allowed: "
-                        f"multiples of {world_size}")
+        raise UserError(f"--batch {config.batch} cannot be divided by {world_size} processes; "
+                        f"allowed: multiples of {world_size}")
     share = config.batch // world_size
     per_gpu = args.batch_per_gpu or share
     if per_gpu < 0 or share % per_gpu:
-        raise UserError(f"--batch-per-gpu {per_gpu} does not divide the {share} images of a process")
+        raise UserError(f"--batch-per-gpu {per_gpu} does not divide the {share} images of a "
+                        "process; allowed: divisors of that number, 0 for all")
     name = f"{config.dataset}-{config.method}" + (f"-{args.variant}" if args.variant else "")
     folder = Path(args.folder or Path("runs") / name) / f"stage{config.stage}"
     return Options(folder, args.data or config.dataset, args.reference, args.inception, args.cache,

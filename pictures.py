@@ -19,7 +19,9 @@ def grid(images, columns, scale=None, gap=1, row_labels=(), background=255):
         big = image.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
         canvas[top:top + H * scale, left:left + W * scale] = big
     picture = Image.fromarray(canvas[..., 0] if C == 1 else canvas)
-    return add_row_labels(picture, row_labels, rows, cell_h, gap, background) if row_labels else picture
+    if not row_labels:
+        return picture
+    return add_row_labels(picture, row_labels, rows, cell_h, gap, background)
 
 
 def add_row_labels(picture, labels, rows, cell_h, gap, background):

@@ -35,7 +35,8 @@ class Config:
     sigmas: tuple = option(PMDD_SIGMAS[:1], "noise level of each step, largest first")
     trained_step: str = option("last", "step that an iteration trains: the last (PMDD), or one "
                                        "drawn at random (DMD2 with several)", ("last", "random"))
-    loss: str = option("sid", "student loss; none leaves only the extra terms", ("dm", "sid", "none"))
+    loss: str = option("sid", "student loss; none leaves only the extra terms",
+                       ("dm", "sid", "none"))
     alpha: float = option(1.2, "SiD's alpha")
     dm_weighting: str = option("eq8", "weight w_t of DMD Table 2", ("eq8", "sigma", "sigma3"))
     unforget_weight: float = option(0.0, "beta of PMDD Eq. 9")
@@ -88,8 +89,8 @@ UNCONDITIONAL = "edm-cifar10-32x32-uncond-vp"
 # ---- PMDD, App. A.1 and A.2 ----
 CIFAR10 = Config(dataset="cifar10", teacher=TEACHERS["cifar10"], iterations=200_000, batch=256,
                  learning_rate=1e-5)
-IMAGENET64 = Config(dataset="imagenet64", teacher=TEACHERS["imagenet64"], iterations=400_000, batch=72,
-                    learning_rate=2e-6)
+IMAGENET64 = Config(dataset="imagenet64", teacher=TEACHERS["imagenet64"], iterations=400_000,
+                    batch=72, learning_rate=2e-6)
 
 
 def later(base, stage, **changes):
@@ -133,8 +134,8 @@ PRESETS = {
 
     ("cifar10", "dmd", 1, ""): Preset(DMD_CIFAR10, "DMD B.1, Table 6", "7 GPUs", 2.66),
     ("cifar10", "dmd", 1, "unconditional"): Preset(
-        replace(DMD_CIFAR10, teacher=UNCONDITIONAL, regression_weight=0.5, regression_pairs=500_000),
-        "DMD B.1, Table 6", "7 GPUs", 3.77),
+        replace(DMD_CIFAR10, teacher=UNCONDITIONAL, regression_weight=0.5,
+                regression_pairs=500_000), "DMD B.1, Table 6", "7 GPUs", 3.77),
     ("imagenet64", "dmd", 1, ""): Preset(
         replace(IMAGENET64, **DMD, iterations=350_000, batch=336, regression_pairs=25_000,
                 regression_steps=256), "DMD B.2, Table 1", "7 GPUs", 2.62),
@@ -152,7 +153,8 @@ PRESETS = {
         "none", None),
 
     ("cifar10", "sid", 1, ""): Preset(
-        replace(CIFAR10, **SID, iterations=3_125_000), "SiD, published code's README", "4 GPUs", 1.710),
+        replace(CIFAR10, **SID, iterations=3_125_000),
+        "SiD, published code's README", "4 GPUs", 1.710),
     ("cifar10", "sid", 1, "unconditional"): Preset(
         replace(CIFAR10, **SID, iterations=1_953_125, teacher=UNCONDITIONAL),
         "SiD, published code's README", "4 GPUs", 1.923),
@@ -171,8 +173,8 @@ PRESETS = {
     ("digits", "sid", 1, ""): Preset(replace(DIGITS, **SID), OURS, CPU, None),
 
     ("digits", "pmdd", 0, ""): Preset(
-        replace(DIGITS, **TEACHER, iterations=4_000, batch=256, learning_rate=1e-3,
-                ema_halflife=50_000, evaluate_every=2_000), OURS, CPU, None, DIGITS_NETWORK),
+        replace(DIGITS, **TEACHER, iterations=2_000, batch=256, learning_rate=1e-3,
+                ema_halflife=50_000, evaluate_every=1_000), OURS, CPU, None, DIGITS_NETWORK),
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
                 evaluate_every=10_000),
@@ -190,7 +192,7 @@ def find(dataset, method, stage, variant=""):
     DMD2 with n steps trained together by backward simulation is its one-step row with n sigmas.
     """
     if stage == 0:
-        method, variant = "pmdd", ""
+        method = "pmdd"                                 # a teacher is of no method
     if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
         row = find(dataset, method, 1, variant)
         return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(

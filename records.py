@@ -28,16 +28,23 @@ def open_run(folder, config, options):
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --folder") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another "
+                        "--folder") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the kernel frees it when we die
     except OSError:
         raise UserError(f"another process is training in {folder}; wait for it or choose another "
                         "--folder") from None
+    for leftover in folder.glob(".*.pt.*.tmp"):             # of a run killed while it saved
+        leftover.unlink(missing_ok=True)
     now, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
     if path.exists() and not options.force:
-        before = read_json(path).get("config", {})
-        changed = [f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in now if before.get(k) != now[k]]
+        before = read_json(path)
+        before = before.get("config") if isinstance(before, dict) else None
+        if not isinstance(before, dict):
+            raise UserError(f"{path} holds no configuration of a run; --force writes a new one")
+        changed = [f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in now
+                   if before.get(k) != now[k]]
         if changed:
             raise UserError(f"{folder} was started with another preset: {', '.join(changed)}; "
                             "--force goes on all the same, another --folder starts afresh")
@@ -75,7 +82,7 @@ def write_json(path, value):
 
 
 class Metrics:
-    """metrics.jsonl, one line of figures at a time; lines after a resumed checkpoint are dropped."""
+    """metrics.jsonl, a line of figures at a time; lines after a resumed checkpoint are dropped."""
 
     def __init__(self, folder, start):
         self.path = folder / "metrics.jsonl"
@@ -100,7 +107,7 @@ def read_metrics(path):
     for line in path.read_text(errors="replace").splitlines():
         try:
             figures = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(figures, dict) and isinstance(figures.get("iteration"), int):
             lines.append(figures)
@@ -130,8 +137,8 @@ def draw_curves(folder, say=print):
     import matplotlib.pyplot as plt
 
     lines = read_metrics(folder / "metrics.jsonl")
-    names = [n for n in ("distill", "unforget", "gan", "regression", "denoising", "student_gradient",
-                         "adapted_gradient", "image_mean", "image_spread")
+    names = [n for n in ("distill", "unforget", "gan", "regression", "denoising",
+                         "student_gradient", "adapted_gradient", "image_mean", "image_spread")
              if any(n in line for line in lines)]
     fids = sorted({n for line in lines for n in line if "FID" in n})
     figure, axes = plt.subplots(1, len(names) + bool(fids), squeeze=False,
@@ -179,6 +186,7 @@ class Clock:
         pace = self.batch * iterations / max(self.seconds, 1e-9)
         self.seconds = 0.0
         self.go_on()
-        return {"images_per_second": round(pace, 2), "seconds_left": round(left * self.batch / pace)}
+        return {"images_per_second": round(pace, 2),
+                "seconds_left": round(left * self.batch / pace)}
 
 

@@ -87,7 +87,7 @@ def load_roles(config, options, device):
         if frozen is not None:
             frozen.requires_grad_(False)
     for trained in (student, adapted):
-        trained.requires_grad_(True)
+        make_trainable(trained)
     for role in (teacher, previous, student, adapted, ema):
         if role is not None:
             role.to(device).eval()                       # no dropout anywhere (Deviation 6)
@@ -96,10 +96,20 @@ def load_roles(config, options, device):
     return SimpleNamespace(teacher=teacher, previous=previous, student=student, adapted=adapted, ema=ema)
 
 
+def make_trainable(network):
+    """All weights but those of augmentation labels, which nothing here gives: no gradient reaches
+    them, and DistributedDataParallel would wait for one."""
+    network.requires_grad_(True)
+    for name, parameter in network.named_parameters():
+        if "map_augment" in name:
+            parameter.requires_grad_(False)
+
+
 def new_teacher(config, options, network_config, device):
     """Stage 0: an untrained network as the student of the data, and its average."""
     torch.manual_seed(config.seed)
     student = EDMPrecond(**network_config).to(device)
+    make_trainable(student)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     if options.compile:
         student.compile()

@@ -2,7 +2,7 @@
 
     python sample.py --steps 3                      a grid, class by class, of the newest student
     python sample.py --compare                      the same noise through teacher and student
-    python sample.py --teacher --heun 18            the teacher alone
+    python sample.py --heun 18                      the teacher
     python sample.py --n 50000 --out samples.zip    files for other programs: .zip, .npz or a folder
     torchrun --nproc_per_node=4 sample.py ...       shared out; on CPU the same bits
 """
@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import distributed
@@ -37,8 +36,8 @@ def parse(argv=None):
     what = parser.add_argument_group("what is drawn")
     what.add_argument("--steps", type=int, metavar="N",
                       help="steps of the student (default: all that it was trained for)")
-    what.add_argument("--heun", type=int, default=18, metavar="N",
-                      help="Heun steps of a teacher, 2N - 1 evaluations (default: 18)")
+    what.add_argument("--heun", type=int, metavar="N",
+                      help="a teacher with N Heun steps, 2N - 1 evaluations (default: 18)")
     what.add_argument("--compare", action="store_true",
                       help="one picture: teacher, then 1, 2, .. steps, of the same noise")
     what.add_argument("--n", "--number", type=int,
@@ -70,7 +69,7 @@ def check(args):
         raise UserError("--seeds and --n: give one of them, --seeds says how many")
     if args.compare and args.steps:
         raise UserError("--compare shows every number of steps; leave --steps out")
-    if args.steps and args.teacher:
+    if args.steps and (args.teacher or args.heun):
         raise UserError("--steps is for a student; a teacher takes --heun")
     check_sigmas(args.sigmas)
     args.columns, rows = parse_grid(args.grid)
@@ -146,7 +145,7 @@ def check_out(path, kind, force):
 
 def open_rows(args):
     """[(network opened, its sampler, labels of the images it returns)]: one, or two to compare."""
-    if args.teacher and not args.compare:
+    if (args.teacher or args.heun) and not args.compare:
         return [heun_row(open_teacher(args), args.heun)]
     student = open_student(args, args.steps)
     if not student.sigmas:
@@ -175,6 +174,8 @@ def known_steps(student, steps):
 
 
 def heun_row(opened, steps):
+    steps = steps or 18
+
     def sampler(*inputs):
         return [sample_heun(*inputs, steps=steps)]
 
@@ -230,45 +231,49 @@ def choose_labels(args, network):
     return args.labels or ("balanced" if by_class else "random")
 
 
+def write(path, blocks, args, rows, labels):
+    network = rows[0][0].network
+    if args.kind == "png":
+        write_picture(path, blocks, args, rows, labels)
+    elif distributed.rank() > 0:
+        for _ in blocks:                                    # its share of the work, for rank 0
+            pass
+    elif args.kind == "npz":
+        write_npz(path, blocks, len(args.all_seeds), network.image_shape)
+    else:
+        {"zip": write_zip, "folder": write_folder}[args.kind](path, blocks)
+
+
+def default_path(opened, texts, compare):
+    what = "compare" if compare else texts[0].split(",")[0].replace(" ", "-")
+    return f"{opened.dataset or opened.path.stem}-{what}.png"
+
+
 def main():
     args = parse()
     device = distributed.start(args.device)
     rows = open_rows(args)
-    network, labels = rows[0][0].network, choose_labels(args, rows[0][0].network)
+    network = rows[0][0].network
+    labels = choose_labels(args, network)
     for opened, _, _ in rows:
         prepare(opened.network, device, args.precision, args.compile)
     texts = [text for row in rows for text in row[2]]
-    path = Path(args.out or "-".join([rows[-1][0].dataset or rows[-1][0].path.stem,
-                                      "compare" if args.compare else texts[0].split(",")[0]]
-                                     ).replace(" ", "-") + ".png")
+    path = Path(args.out or default_path(rows[-1][0], texts, args.compare))
 
     start, count = time.monotonic(), len(args.all_seeds)
     draw = partial(draw_block, rows=rows, labels=labels, device=device, precision=args.precision)
     blocks = gathered(draw, seed_blocks(args.all_seeds, network, device), device)
-    bar = tqdm(total=count, unit="image", delay=1, disable=distributed.rank() > 0)
+    with tqdm(total=count, unit="image", delay=1, disable=distributed.rank() > 0) as bar:
+        def counted():
+            for block in blocks:
+                yield block
+                bar.update(len(block[0]))
 
-    def counted():
-        for block in blocks:
-            yield block
-            bar.update(len(block[0]))
-
-    if args.kind == "png":
-        write_picture(path, counted(), args, rows, labels)
-    elif distributed.rank() > 0:
-        for _ in blocks:
-            pass
-    elif args.kind == "zip":
-        write_zip(path, counted())
-    elif args.kind == "npz":
-        write_npz(path, counted(), count, network.image_shape)
-    else:
-        write_folder(path, counted())
-    bar.close()
+        write(path, counted(), args, rows, labels)
     say(f"wrote {path}: {count} images; {'; '.join(texts)}; {time.monotonic() - start:.1f} s")
     distributed.finish()
     return 0
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        run(main)
+    run(main)

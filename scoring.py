@@ -24,7 +24,8 @@ class Scorer:
             return
         for turn in (distributed.rank() == 0, distributed.rank() > 0):      # one process downloads
             if turn:
-                self.features = feature_network(config.dataset, options.cache, device)
+                self.features = feature_network(config.dataset, options.cache, device,
+                                                weights=options.inception)
                 path = options.reference or (DIGITS_REFERENCE if config.dataset == "digits" else fetch(
                     {"cifar10": "fid-cifar10-32x32", "imagenet64": "fid-imagenet-64x64"}[config.dataset],
                     options.cache))

@@ -338,15 +338,16 @@ class Log:
         return 0
 
 
-def describe(preset, config, options, network_config):
-    """--dry-run, and the first lines of a run."""
+def describe(preset, config, options):
     print(f"{config.dataset}, {config.method}, stage {config.stage} -> {options.folder}")
     print(f"preset: {preset.source}; authors' hardware: {preset.gpus}; paper's FID: "
-          f"{preset.paper_fid or 'none'}")
-    if options.dry_run:
-        for name, value in vars(config).items():
-            print(f"  {name}: {value}")
-        print("\n".join(report(config, network_config, options.batch_per_gpu, options.world_size)))
+          f"{preset.paper_fid or 'none'}", flush=True)
+
+
+def print_plan(config, options, network_config):
+    for name, value in vars(config).items():
+        print(f"  {name}: {value}")
+    print("\n".join(report(config, network_config, options.batch_per_gpu, options.world_size)))
 
 
 def main(argv=None):
@@ -357,10 +358,12 @@ def main(argv=None):
     torch.backends.cudnn.benchmark = True
     code = 0
     for preset, config, options in rows:
-        if options.dry_run or distributed.rank() == 0:
-            network_config = preset.network or load_teacher(config, options).config
-            describe(preset, config, options, network_config)
+        if distributed.rank() == 0:
+            describe(preset, config, options)
         if options.dry_run:
+            network_config = preset.network or load_teacher(config, options).config
+            if distributed.rank() == 0:
+                print_plan(config, options, network_config)
             continue
         lock = records.open_run(options.folder, config, options)
         if config.stage == 0:

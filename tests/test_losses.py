@@ -82,10 +82,10 @@ def unweighted(grad, weighting, x0, sigma, eps, teacher):
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("sigma", [0.2, 1.0, 5.0])
-def test_unweighted_dm_gradient_is_in_expectation_the_kl_gradient_of_gaussians(weighting, sigma):
+def test_the_unweighted_dm_gradient_averages_to_the_kl_gradient_of_gaussians(weighting, sigma):
     mean, std = column(0.7).requires_grad_(), column(0.5).requires_grad_()
     sigma = full(sigma)
-    fake, real = std ** 2 + sigma ** 2, 1 + sigma ** 2                  # variances; teacher N(0.1, 1)
+    fake, real = std ** 2 + sigma ** 2, 1 + sigma ** 2                # variances; teacher N(0.1, 1)
     kl = ((real / fake).log() + (fake + (mean - 0.1) ** 2) / real - 1) / 2
     expected = torch.autograd.grad(kl.sum(), [mean, std])
 
@@ -98,7 +98,7 @@ def test_unweighted_dm_gradient_is_in_expectation_the_kl_gradient_of_gaussians(w
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_unweighted_dm_gradient_is_in_expectation_the_kl_gradient_to_a_mixture(weighting):
+def test_the_unweighted_dm_gradient_averages_to_the_kl_gradient_to_a_mixture(weighting):
     mean, std = column(0.3).requires_grad_(), column(0.7).requires_grad_()
     sigma = full(0.8)
     nodes, node_weights = hermite(80)
@@ -238,11 +238,29 @@ def test_the_normaliser_is_the_mean_absolute_error_and_at_least_1e_5():
     assert mean_error(x0, x0_teacher).shape == (2, 1, 1, 1)
 
 
-# ---- Which weights a loss may reach ----
+# ---- What the networks are asked, and which weights a loss may reach ----
+
+@pytest.mark.parametrize("loss, networks", [
+    (dm_loss, ("teacher", "adapted")), (partial(sid_loss, alpha=1.2), ("teacher", "adapted")),
+    (denoising_loss, ("adapted",)), (edm_loss, ("teacher",)), (gan_student_loss, ("discriminator",))])
+def test_each_network_is_asked_once_about_the_noised_images_and_their_labels(loss, networks):
+    x0, sigma, eps = images()
+    labels, calls = object(), []
+
+    def network(name, x_t, sigma, y):
+        calls.append((name, x_t.detach(), sigma, y))
+        return x_t
+
+    loss(x0, sigma, eps, labels, **{name: partial(network, name) for name in networks})
+    assert [name for name, *_ in calls] == list(networks)
+    for _, x_t, asked, y in calls:
+        assert torch.equal(x_t, x0 + sigma * eps) and asked is sigma and y is labels
+
+
 
 @pytest.fixture
 def networks():
-    """Teacher, student, adapted network with GAN head, inputs; frozen as the loop freezes them."""
+    """Teacher, student, adapted network with GAN head, inputs; frozen as in the loop."""
     teacher, student, adapted = (small_network(seed).double() for seed in range(3))
     torch.manual_seed(3)
     adapted = AdaptedWithHead(adapted).double()
@@ -278,6 +296,18 @@ def test_a_student_loss_reaches_all_of_the_student_and_none_of_teacher_or_adapte
     STUDENT_LOSSES[name](inputs, teacher=teacher, adapted=adapted).backward()
     assert gradients(student) == weights(student)
     assert untouched(teacher, adapted)
+
+
+def test_dm_keeps_no_graph_of_the_denoisers():
+    x0, sigma, eps = images()
+    recording = []
+
+    def denoiser(x_t, sigma, y):
+        recording.append(torch.is_grad_enabled())
+        return x_t
+
+    assert dm_loss(x0, sigma, eps, None, teacher=denoiser, adapted=denoiser).requires_grad
+    assert recording == [False, False]
 
 
 def test_dm_sends_no_gradient_through_the_denoisers_even_when_they_are_not_frozen(networks):
@@ -341,23 +371,10 @@ def test_denoising_and_edm_loss_carry_edms_weight_of_table_1(sigma_data):
     def off_by_one(x_t, sigma, y):
         return x0.detach() + 1
 
-    for loss in (partial(denoising_loss, adapted=off_by_one), partial(edm_loss, teacher=off_by_one)):
+    for loss in (partial(denoising_loss, adapted=off_by_one),
+                 partial(edm_loss, teacher=off_by_one)):
         torch.testing.assert_close(loss(x0, sigma, eps, None, sigma_data=sigma_data), expected)
         torch.testing.assert_close(loss(x0, sigma, eps, None), (4 + sigma ** -2).mean())  # 0.5
-
-
-def test_edm_and_denoising_loss_call_the_network_on_the_noised_image_with_its_labels():
-    x0, sigma, eps = images()
-    labels, calls = object(), []
-
-    def denoiser(x_t, sigma, y):
-        calls.append((x_t.detach(), sigma, y))
-        return x_t
-    denoising_loss(x0, sigma, eps, labels, adapted=denoiser)
-    edm_loss(x0, sigma, eps, labels, teacher=denoiser)
-    assert len(calls) == 2
-    for x_t, level, y in calls:
-        assert torch.equal(x_t, x0 + sigma * eps) and level is sigma and y is labels
 
 
 # ---- Unforget ----
@@ -468,7 +485,8 @@ def test_tiling_the_pixels_or_repeating_the_batch_leaves_every_loss_unchanged(na
     x0, sigma, eps = images()
     real = normal(*x0.shape, seed=9)
     once = LOSSES[name](x0, sigma, eps, real)
-    tiled = LOSSES[name](*(t if t is sigma else t.repeat(1, 1, 2, 3) for t in (x0, sigma, eps, real)))
+    tiled = LOSSES[name](x0.repeat(1, 1, 2, 3), sigma, eps.repeat(1, 1, 2, 3),
+                         real.repeat(1, 1, 2, 3))
     twice = LOSSES[name](*(t.repeat(2, 1, 1, 1) for t in (x0, sigma, eps, real)))
     assert once != 0
     assert [tiled.item(), twice.item()] == pytest.approx([once.item()] * 2, rel=1e-12)
@@ -524,10 +542,10 @@ def test_a_student_reaches_the_teachers_gaussian_in_the_plane(method):
         return value
 
     train_student([A, b], loss, steps=400, lr=0.05)
-    torch.testing.assert_close(b.detach(), mean, atol=0.03, rtol=0)
-    torch.testing.assert_close((A @ A.T).detach(), root @ root.T, atol=0.03, rtol=0)
+    torch.testing.assert_close(b.detach(), mean, atol=0.01, rtol=0)
+    torch.testing.assert_close((A @ A.T).detach(), root @ root.T, atol=0.01, rtol=0)
     # A Gaussian does not say which noise makes which image; the teacher's pairs do.
-    assert ((A - root).abs().max() < 0.03) == (y_ref is not None)
+    assert ((A - root).abs().max() < 0.01) == (y_ref is not None)
 
 
 def test_dm_with_an_adapted_network_that_learns_beside_it_reaches_the_teachers_gaussian():
@@ -563,8 +581,9 @@ def test_dm_alone_misses_the_far_mode_and_the_regression_term_brings_it_back():
 
     def distilled(regression_weight):
         torch.manual_seed(0)
-        student = nn.Sequential(nn.Flatten(), nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(),
-                                nn.Linear(32, 1), nn.Unflatten(1, (1, 1, 1))).double()
+        student = nn.Sequential(
+            nn.Flatten(), nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(),
+            nn.Linear(32, 1), nn.Unflatten(1, (1, 1, 1))).double()
         nn.init.constant_(student[-2].bias, 2.0)
         start = student(z).detach()
         generator = torch.Generator().manual_seed(0)
@@ -576,18 +595,19 @@ def test_dm_alone_misses_the_far_mode_and_the_regression_term_brings_it_back():
             # Too little noise to bridge the modes; all of the student's points in one image.
             sigma = 0.2 + 0.6 * torch.rand(8, 1, 1, 1, generator=generator, dtype=torch.float64)
             eps = torch.randn(8, 1, 1, 128, generator=generator, dtype=torch.float64)
-            value = dm_loss(x0.reshape(1, 1, 1, 128).expand(8, -1, -1, -1), sigma, eps, None,
-                            teacher=teacher, adapted=adapted)
-            return value + regression_weight * regression_loss(x0, y_ref, distance=squared_distance)
+            line = x0.reshape(1, 1, 1, 128).expand(8, -1, -1, -1)
+            value = dm_loss(line, sigma, eps, None, teacher=teacher, adapted=adapted)
+            pull = regression_loss(x0, y_ref, distance=squared_distance)
+            return value + regression_weight * pull
 
         train_student(student.parameters(), loss, steps=300, lr=0.01)
         return start, student(z).detach()
 
     start, alone = distilled(regression_weight=0.0)
-    assert start.min() > 0 and alone.min() > 0                  # on the right mode, and never off it
-    assert [alone.mean(), alone.std()] == pytest.approx([2.0, 0.4], abs=0.06)   # but it matches that
+    assert start.min() > 0 and alone.min() > 0              # on the right mode, and never off it
+    assert [alone.mean(), alone.std()] == pytest.approx([2.0, 0.4], abs=0.1)  # but it matches that
     _, both = distilled(regression_weight=0.25)
     assert (both < 0).double().mean() == pytest.approx(0.5, abs=0.03)
     for half, mean in ((both[both < 0], -2.0), (both[both > 0], 2.0)):
         assert [half.median(), half.std()] == pytest.approx([mean, 0.4], abs=0.15)
-    assert (both.abs() < 0.8).double().mean() < 0.05            # few between the modes
+    assert (both.abs() < 0.8).double().mean() < 0.1         # few between the modes
