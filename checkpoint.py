@@ -89,7 +89,7 @@ def load(path, device="cpu"):
             raise DamagedCheckpoint(f"{path} is damaged or not one of our checkpoints "
                                     "(its checksum does not match); use another copy")
         payload = torch.load(path, map_location=device, weights_only=True)
-        ours = bool(payload["format"] == FORMAT)
+        ours = type(payload) is dict and bool(payload["format"] == FORMAT)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (DamagedCheckpoint, MemoryError, torch.cuda.OutOfMemoryError):
@@ -103,14 +103,21 @@ def load(path, device="cpu"):
 
 def save_latest(folder, payload):
     """Keep the last two: latest.pt becomes previous.pt."""
-    latest, previous = Path(folder) / "latest.pt", Path(folder) / "previous.pt"
-    fresh = latest.with_name("newest.pt")
+    fresh = Path(folder) / "newest.pt"
+    if fresh.exists():                          # a crash came between its save and its renames
+        promote(fresh)
     save(fresh, payload)
+    promote(fresh)
+
+
+def promote(fresh):
+    """newest.pt becomes latest.pt, and that previous.pt."""
+    latest, previous = fresh.with_name("latest.pt"), fresh.with_name("previous.pt")
     try:
         if latest.exists():
             os.replace(latest, previous)
         os.replace(fresh, latest)
-        sync_folder(folder)
+        sync_folder(fresh.parent)
     except OSError as error:
         raise RunFailed(f"cannot rename {fresh}: {error.strerror}; it is whole, and a resumed run "
                         "starts from it") from error
@@ -140,7 +147,7 @@ def network_from(payload, weights="ema"):
 
 
 def main(argv):
-    """python checkpoint.py runs/.../best.pt assets/digits-student.pt: what sampling needs, alone."""
+    """python checkpoint.py runs/.../best.pt assets/digits-student.pt: only what sampling needs."""
     if len(argv) != 2:
         raise UserError("usage: python checkpoint.py BEST.pt OUT.pt")
     payload = load(argv[0])

@@ -239,7 +239,7 @@ class UNet(nn.Module):
         """[B or 1, emb_width]"""
         emb = self.map_noise(c_noise)
         if self.label_dim:
-            y = torch.zeros(1, self.label_dim, device=emb.device) if y is None else y.to(emb.dtype)
+            y = emb.new_zeros(1, self.label_dim) if y is None else y.to(emb.dtype)
             if self.training and self.label_dropout:
                 y = y * (torch.rand(len(y), 1, device=y.device) >= self.label_dropout)
             if not self.adm:

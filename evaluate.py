@@ -81,6 +81,8 @@ def check(args):
                         "--steps, --heun and --repeats")
     if args.teacher and args.steps and not args.heun:
         raise UserError("--steps is for a student; a teacher takes --heun")
+    if args.precision_recall and args.n and args.n <= NEIGHBOURS:
+        raise UserError(f"--n {args.n}: --precision-recall needs more than {NEIGHBOURS}")
     if args.data and not args.precision_recall:
         raise UserError("--data is what --precision-recall compares with; give both or neither")
 
@@ -164,8 +166,8 @@ def images_job(args):
     if not 2 <= n <= len(images):
         raise UserError(f"{images.name} has {len(images)} images, {max(n, 2)} are needed")
     file = {"file": shown(path), "sha256": file_digest(path) if path.is_file() else None}
-    protocol = {"images": n, "seeds": None, "labels": "as given" if images.label_dim else "none",
-                "rounding": "as given", "source": file}
+    protocol = {"images": n, "seeds": None, "rounding": "none, uint8 as given", "source": file,
+                "labels": "of the files" if images.label_dim else "none"}
 
     def task(indices):
         pixels, labels = images.take(indices)

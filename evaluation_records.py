@@ -24,14 +24,16 @@ def read_records(path):
         content = json.loads(Path(path).read_text())
         if not isinstance(content, dict) or content["format"] != 1:
             raise ValueError
-        for entry in content["evaluations"]:
-            identity(entry), entry["figures"], entry["evaluations"], entry["environment"]
+        for entry in content["evaluations"]:        # these two read every field that is used
+            identity(entry)
+            table([entry])
         return content["evaluations"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no record of evaluate.py") from None
 
 
 def record(path, new, force):
+    """Add the new entries to the file; those of the same identity go."""
     old = [] if force or not path.exists() else read_records(path)
     fresh = {identity(entry) for entry in new}
     kept = [entry for entry in old if identity(entry) not in fresh]
@@ -78,6 +80,7 @@ def protocol_text(r):
 
 
 def records_under(paths):
+    """The entries of files, and of every evaluation*.json under folders."""
     found = []
     for path in map(Path, paths):
         files = sorted(path.rglob("evaluation*.json")) if path.is_dir() else [path]

@@ -68,7 +68,7 @@ class Judge:
 
 
 class Tally:
-    """Running sums over the images of one figure; their size does not grow with the images."""
+    """Running sums over the images of one figure, and features up to MANIFOLD where asked for."""
 
     def __init__(self, judge, n):
         self.judge, self.n = judge, n

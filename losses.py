@@ -51,7 +51,7 @@ def dm_loss(x0, sigma, eps, y, *, teacher, adapted, weighting="eq8"):
 
 
 def sid_loss(x0, sigma, eps, y, *, teacher, adapted, alpha):
-    """SiD's loss, the second and third term of PMDD Eq. 9 with SiD's sign (Deviation 1)."""
+    """SiD's loss, the first and second term of PMDD Eq. 9 with SiD's sign (Deviation 1)."""
     x_t = x0 + sigma * eps
     x0_teacher, x0_adapted = teacher(x_t, sigma, y), adapted(x_t, sigma, y)   # gradient into x_t
     weight = 1 / mean_error(x0, x0_teacher).detach()

@@ -139,17 +139,29 @@ class SeededNoise:
                           for g in self.generators])
 
 
+def given_classes(classes, batch, label_dim, device):
+    """One class for all, or one for each image. [B]"""
+    classes = torch.as_tensor(classes, device=device)
+    if classes.min() < 0 or classes.max() >= label_dim:
+        raise ValueError(f"classes run from {classes.min()} to {classes.max()}; allowed: 0 to "
+                         f"{label_dim - 1}")
+    return classes.expand(batch)
+
+
 def sample_seeds(network, seeds, sampler, classes=None, device="cpu"):
     """Images x0 [B,C,H,W] and their classes [B] (None without labels) for a list of seeds.
 
     Each generator draws its z, then its class, then whatever the sampler asks for:
     sampler(network, z, y, noise) is sample_student or sample_heun with its options bound.
     """
+    if classes is not None and not network.label_dim:
+        raise ValueError(f"classes are {classes}; allowed: none, this network is unconditional")
     noise = SeededNoise(seeds, network.image_shape, device)
     z, y = noise(), None
     if network.label_dim:
         drawn = noise.classes(network.label_dim)
-        classes = drawn if classes is None else torch.as_tensor(classes, device=device).expand(len(z))
+        classes = drawn if classes is None else given_classes(classes, len(z), network.label_dim,
+                                                              device)
         y = F.one_hot(classes, network.label_dim).to(z.dtype)
     return sampler(network, z, y, noise), classes
 

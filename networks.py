@@ -204,8 +204,11 @@ def sample_block(network, seeds, sampler, labels, device, precision="fp32"):
 
 
 def in_parallel(task, blocks, device):
-    """task(block) in order. On CPU a block has one thread and several run at once: faster than
-    dividing each operation, and the number of cores cannot change a sum's order."""
+    """task(block) for each block, in order.
+
+    On CPU each block has one thread and several run at once: faster than dividing every operation
+    between threads, and the number of cores cannot change the order of a sum.
+    """
     if device.type != "cpu":
         yield from map(task, blocks)
         return

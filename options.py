@@ -120,6 +120,7 @@ def check(config):
         require(0 <= getattr(config, name) < math.inf, name, "0 or more")
     require(0 <= config.seed < 1 << 63, "seed", "0 to 2^63 - 1, as torch's generators")
     require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")
+    require(0 < config.final_rate <= 1, "final_rate", "above 0, at most 1")
     require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas",
             "two numbers from 0 to below 1")
     require(len(config.sigmas) == config.stage, "sigmas",

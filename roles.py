@@ -153,9 +153,6 @@ def resume(folder, roles, optimizers, device):
     if with_head:
         roles.adapted.head.load_state_dict(saved["head"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
-        rates = [group["lr"] for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate                           # a flag may have changed it
     say(f"resuming {folder} after {saved['iteration']} iterations")
     return saved["iteration"], saved["best_fid"]

@@ -64,6 +64,7 @@ def distill(config, options, device):
         parts = parts_of(drawn, config, options, teacher.label_dim, device, real, pairs)
         sigmas = config.sigmas[:n]
         generated, losses = [], {}
+        set_rate(config, step, student_opt, adapted_opt)
 
         # Generate images from the inputs of this stage; on its turn, update the student.
         adapted.requires_grad_(not student_turn)        # the gradient passes through, not into it
@@ -207,6 +208,13 @@ def adamw(network, config):
                  weight_decay=config.weight_decay, fused=True)
 
 
+def set_rate(config, step, *optimizers):
+    done = step / config.iterations
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 - (1 - config.final_rate) * done)
+
+
 def real_images(config, options, teacher, device):
     """What the GAN and regression terms need, else None: the only use of the data module."""
     real = pairs = distance = None
@@ -241,6 +249,7 @@ def train_teacher(config, options, device, network_config):
     network = distributed.parallel(roles.student)
     scorer, log = Scorer(config, options, device), Log(config, options, start, best_fid)
     for step in range(start, config.iterations):
+        set_rate(config, step, optimizer)
         rng = iteration_generator(config.seed, step, device)
         torch.manual_seed(rng.initial_seed() + distributed.rank())              # for dropout
         drawn = {"real_index": torch.randint(len(images), (config.batch,), generator=rng, device=device),

@@ -93,6 +93,7 @@ def main():
     report = {"command": f"OMP_NUM_THREADS={THREADS} python results/{Path(__file__).name}",
               "python": platform.python_version(), "torch": torch.__version__,
               "numpy": np.__version__, "scipy": scipy.__version__, "machine": platform.machine(),
+              "load_before": os.getloadavg()[0],  # other work on the machine, if above 0
               "inception": inception_speed(), "frechet": frechet_speed()}
     from torch_fidelity import __version__
     report["torch_fidelity"] = __version__

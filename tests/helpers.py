@@ -1,4 +1,4 @@
-"""What tests of the command lines share: small stand-ins for trained networks, and a way to call."""
+"""What tests of the command lines share: stand-ins for trained networks, and ways to call."""
 
 import os
 import subprocess

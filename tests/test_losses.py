@@ -242,7 +242,8 @@ def test_the_normaliser_is_the_mean_absolute_error_and_at_least_1e_5():
 
 @pytest.mark.parametrize("loss, networks", [
     (dm_loss, ("teacher", "adapted")), (partial(sid_loss, alpha=1.2), ("teacher", "adapted")),
-    (denoising_loss, ("adapted",)), (edm_loss, ("teacher",)), (gan_student_loss, ("discriminator",))])
+    (denoising_loss, ("adapted",)), (edm_loss, ("teacher",)),
+    (gan_student_loss, ("discriminator",))])
 def test_each_network_is_asked_once_about_the_noised_images_and_their_labels(loss, networks):
     x0, sigma, eps = images()
     labels, calls = object(), []
