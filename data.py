@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import write_atomically
-from errors import RunFailed, UserError
+from errors import RunFailed, UserError, run
 from models import sample_heun, sample_seeds
 from pretrained import fetch
 
@@ -279,3 +279,7 @@ def make_digits(path=DIGITS):
     published = load_digits()
     write_npz(path, images=published.images.astype(np.uint8),
               labels=published.target.astype(np.uint8))
+
+
+if __name__ == "__main__":
+    run(make_digits)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 # Constructor arguments of the two published U-Nets, with their published defaults.
-SONG = dict(augment_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], channel_mult_emb=4, num_blocks=4,
-            attn_resolutions=[16], dropout=0.10, label_dropout=0, embedding_type="positional",
-            channel_mult_noise=1, encoder_type="standard", decoder_type="standard",
-            resample_filter=[1, 1])
-ADM = dict(augment_dim=0, model_channels=192, channel_mult=[1, 2, 3, 4], channel_mult_emb=4, num_blocks=3,
-           attn_resolutions=[32, 16, 8], dropout=0.10, label_dropout=0)
+SONG = dict(augment_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], channel_mult_emb=4,
+            num_blocks=4, attn_resolutions=[16], dropout=0.10, label_dropout=0,
+            embedding_type="positional", channel_mult_noise=1, encoder_type="standard",
+            decoder_type="standard", resample_filter=[1, 1])
+ADM = dict(augment_dim=0, model_channels=192, channel_mult=[1, 2, 3, 4], channel_mult_emb=4,
+           num_blocks=3, attn_resolutions=[32, 16, 8], dropout=0.10, label_dropout=0)
 FAMILIES = {"SongUNet": SONG, "DhariwalUNet": ADM}
 ALLOWED = dict(embedding_type=("positional", "fourier"), encoder_type=("standard", "residual"),
                decoder_type=("standard",))
@@ -46,7 +46,8 @@ class Conv2d(nn.Module):
             self.bias = nn.Parameter(torch.empty(outputs))
         if up or down:
             taps = torch.tensor(resample_filter, dtype=torch.float32)
-            self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None])
+            kernel2d = taps.outer(taps) / taps.sum() ** 2
+            self.register_buffer("resample_filter", kernel2d[None, None])
             # The box filter is nearest doubling and 2x2 averaging, far faster than filtering.
             self.box = list(resample_filter) == [1, 1]
 
@@ -158,7 +159,8 @@ class UNet(nn.Module):
         super().__init__()
         adm = self.adm = family == "DhariwalUNet"
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
-        emb_width, noise_width = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        emb_width = model_channels * channel_mult_emb
+        noise_width = model_channels * channel_mult_noise
         block = dict(adm=adm, dropout=dropout, resample_filter=resample_filter)
 
         # Embedding of noise level, class and augmentation.
@@ -177,7 +179,8 @@ class UNet(nn.Module):
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = Conv2d(img_channels, width, 3)
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(width, width, emb_width, down=True, **block)
+                self.enc[f"{res}x{res}_down"] = UNetBlock(
+                    width, width, emb_width, down=True, **block)
                 if encoder_type == "residual":
                     self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
                         aux_width, width, 3, down=True, resample_filter=resample_filter, fused=True)
@@ -185,7 +188,8 @@ class UNet(nn.Module):
             skips.append(width)
             for i in range(num_blocks):
                 self.enc[f"{res}x{res}_block{i}"] = UNetBlock(
-                    width, model_channels * mult, emb_width, attention=res in attn_resolutions, **block)
+                    width, model_channels * mult, emb_width,
+                    attention=res in attn_resolutions, **block)
                 width = model_channels * mult
                 skips.append(width)
         self.encoder_channels, self.encoder_resolution = width, res
@@ -194,14 +198,16 @@ class UNet(nn.Module):
         for level, mult in reversed(list(enumerate(channel_mult))):
             res = img_resolution >> level
             if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(width, width, emb_width, attention=True, **block)
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(
+                    width, width, emb_width, attention=True, **block)
                 self.dec[f"{res}x{res}_in1"] = UNetBlock(width, width, emb_width, **block)
             else:
                 self.dec[f"{res}x{res}_up"] = UNetBlock(width, width, emb_width, up=True, **block)
             for i in range(num_blocks + 1):
                 attention = res in attn_resolutions and (adm or i == num_blocks)
                 self.dec[f"{res}x{res}_block{i}"] = UNetBlock(
-                    width + skips.pop(), model_channels * mult, emb_width, attention=attention, **block)
+                    width + skips.pop(), model_channels * mult, emb_width, attention=attention,
+                    **block)
                 width = model_channels * mult
         norm, conv = group_norm(width, 1e-5 if adm else 1e-6), Conv2d(width, img_channels, 3)
         if adm:
@@ -293,7 +299,8 @@ class EDMPrecond(nn.Module):
                    for k, v in (FAMILIES[model_type] | model_kwargs).items()}
         check_architecture(model_type, img_resolution, img_channels, label_dim, sigma_data, options)
         self.config = dict(img_resolution=img_resolution, img_channels=img_channels,
-                           label_dim=label_dim, sigma_data=sigma_data, model_type=model_type, **options)
+                           label_dim=label_dim, sigma_data=sigma_data, model_type=model_type,
+                           **options)
         self.image_shape = (img_channels, img_resolution, img_resolution)
         self.label_dim, self.sigma_data = label_dim, sigma_data
         self.model = UNet(model_type, img_resolution, img_channels, label_dim, **options)
@@ -321,7 +328,8 @@ class EDMPrecond(nn.Module):
     def check_input(self, x, sigma, y, augment_labels, output):
         B = x.shape[0]
         if x.shape[1:] != self.image_shape:
-            raise ValueError(f"x has shape {list(x.shape)}; allowed: [B, {str(self.image_shape)[1:-1]}]")
+            raise ValueError(f"x has shape {list(x.shape)}; allowed: "
+                             f"[B, {str(self.image_shape)[1:-1]}]")
         if len(sigma) not in (1, B):
             raise ValueError(f"sigma has {len(sigma)} values for {B} images; allowed: 1 or {B}")
         if y is not None and tuple(y.shape) not in {(B, self.label_dim), (1, self.label_dim)}:
@@ -335,7 +343,8 @@ class EDMPrecond(nn.Module):
         if output not in OUTPUTS:
             raise ValueError(f"output is {output!r}; allowed: {', '.join(OUTPUTS)}")
         # Looking at values would stall a GPU and break a compiled graph.
-        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not (sigma > 0).all():
+        looks = sigma.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and not (sigma > 0).all():
             raise ValueError(f"sigma is {sigma.min().item()}; allowed: above 0")
 
 
@@ -349,19 +358,21 @@ def check_architecture(model_type, img_resolution, img_channels, label_dim, sigm
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
     mult, width = options["channel_mult"], options["model_channels"]
-    require(isinstance(mult, list) and mult and all(whole(m, 1) for m in mult), "channel_mult", mult,
-            "a list of whole numbers, at least 1")
+    require(isinstance(mult, list) and mult and all(whole(m, 1) for m in mult), "channel_mult",
+            mult, "a list of whole numbers, at least 1")
     step = 2 ** (len(mult) - 1)
-    require(whole(img_resolution, step) and img_resolution % step == 0, "img_resolution", img_resolution,
-            f"multiples of {step} (channel_mult has {len(mult)} levels)")
+    require(whole(img_resolution, step) and img_resolution % step == 0, "img_resolution",
+            img_resolution, f"multiples of {step} (channel_mult has {len(mult)} levels)")
     require(whole(img_channels, 1), "img_channels", img_channels, "whole numbers, at least 1")
     require(whole(label_dim, 0), "label_dim", label_dim, "whole numbers, at least 0")
-    require(isinstance(sigma_data, (int, float)) and sigma_data > 0, "sigma_data", sigma_data, "above 0")
+    require(isinstance(sigma_data, (int, float)) and sigma_data > 0, "sigma_data", sigma_data,
+            "above 0")
     for name in ("num_blocks", "channel_mult_emb"):
         require(whole(options[name], 1), name, options[name], "whole numbers, at least 1")
     require(whole(width, 4), "model_channels", width, "whole numbers, at least 4")
     for name, allowed in ALLOWED.items():
-        require(options.get(name, allowed[0]) in allowed, name, options.get(name), ", ".join(allowed))
+        require(options.get(name, allowed[0]) in allowed, name, options.get(name),
+                ", ".join(allowed))
     if model_type == "DhariwalUNet":
         attended = [m for i, m in enumerate(mult)
                     if img_resolution >> i in options["attn_resolutions"] or i == len(mult) - 1]

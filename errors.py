@@ -1,4 +1,4 @@
-"""Two exceptions that end a program with one line, and the one place that turns them into exit codes.
+"""Two exceptions that end a program with one line, and where they become exit codes.
 
 Exit codes of every script: 0 done; 1 the run failed; 2 the user's mistake; 3 stopped by a signal
 after saving, the same command goes on; 130 interrupted before there was anything to save.

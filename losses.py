@@ -60,8 +60,9 @@ def sid_loss(x0, sigma, eps, y, *, teacher, adapted, alpha):
 
 
 def unforget_loss(outputs, targets):
-    """PMDD Eq. 9, last term: sum over the earlier steps k of mean |student(x_tk) - previous(x_tk)|^2."""
-    return sum((output - target.detach()).square().mean() for output, target in zip(outputs, targets))
+    """PMDD Eq. 9, last term: over the earlier steps k, mean |student(x_tk) - previous(x_tk)|^2."""
+    return sum((output - target.detach()).square().mean()
+               for output, target in zip(outputs, targets))
 
 
 def gan_student_loss(x0, sigma, eps, y, *, discriminator):

@@ -184,7 +184,7 @@ class GANHead(nn.Module):
     def __init__(self, channels, resolution):
         super().__init__()
 
-        def norm():     # the U-Nets' groups: at 1x1 a group of one or two channels would say nothing
+        def norm():     # the U-Nets' groups: at 1x1 one of two channels would say nothing
             return nn.GroupNorm(math.gcd(min(32, max(channels // 4, 1)), channels), channels)
 
         layers = []

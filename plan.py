@@ -89,6 +89,7 @@ def report(config, network_config, batch_per_gpu, world_size):
     lines = [f"{name}: {value:,}" for name, value in passes(config).items()]
     sizes = memory(config, network_config, batch_per_gpu)
     parts = config.batch // world_size // batch_per_gpu
-    lines += [f"processes: {world_size}, each {parts} part(s) of {batch_per_gpu} images an iteration"]
+    lines += [f"processes: {world_size}, each {parts} part(s) of {batch_per_gpu} images an "
+              "iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     return lines + [f"memory, all of one process: {sum(sizes.values()) / 2**20:,.0f} MiB"]

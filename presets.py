@@ -78,7 +78,7 @@ class Preset:
 
 # ---- Teachers ----
 DIGITS_NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
-                      model_channels=32, channel_mult=[1, 2], channel_mult_emb=2, num_blocks=1,
+                      model_channels=20, channel_mult=[1, 2], channel_mult_emb=2, num_blocks=1,
                       attn_resolutions=[], dropout=0.0)
 CIFAR10_NETWORK = dict(img_resolution=32, img_channels=3, label_dim=10, model_type="SongUNet",
                        augment_dim=9, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)
@@ -108,7 +108,8 @@ DMD2 = dict(method="dmd2", loss="dm", gan_weight=3e-3)
 DMD2_IMAGENET64 = replace(IMAGENET64, **DMD2, iterations=200_000, batch=280)
 SID = dict(method="sid", sigmas=(2.5,), ttur=1, betas=(0.0, 0.999), weight_decay=0.0, clip=0.0)
 
-TEACHER = dict(stage=0, teacher="", sigmas=(), final_rate=1.0, weight_decay=0.0, clip=0.0)     # EDM, Table 7
+# EDM Table 7, for stage 0.
+TEACHER = dict(stage=0, teacher="", sigmas=(), final_rate=1.0, weight_decay=0.0, clip=0.0)
 
 # ---- Digits: ours, chosen so that minutes on two CPU cores are enough ----
 DIGITS = Config(teacher=TEACHERS["digits"], iterations=3000, batch=128, ttur=2, learning_rate=4e-4,
@@ -167,17 +168,19 @@ PRESETS = {
 
     ("digits", "pmdd", 1, ""): Preset(DIGITS, OURS, CPU, None),
     ("digits", "pmdd", 2, ""): Preset(
-        later(DIGITS, 2, learning_rate=2e-4, iterations=1500, unforget_weight=1.0), OURS, CPU, None),
+        later(DIGITS, 2, learning_rate=2e-4, iterations=1500, unforget_weight=1.0),
+        OURS, CPU, None),
     ("digits", "pmdd", 3, ""): Preset(
-        later(DIGITS, 3, learning_rate=1e-4, iterations=1000, unforget_weight=1.0), OURS, CPU, None),
+        later(DIGITS, 3, learning_rate=1e-4, iterations=1000, unforget_weight=1.0),
+        OURS, CPU, None),
     ("digits", "dmd", 1, ""): Preset(
         replace(DIGITS, **DMD, regression_pairs=2_000), OURS, CPU, None),
     ("digits", "dmd2", 1, ""): Preset(replace(DIGITS, **DMD2, ttur=5), OURS, CPU, None),
     ("digits", "sid", 1, ""): Preset(replace(DIGITS, **SID), OURS, CPU, None),
 
     ("digits", "pmdd", 0, ""): Preset(
-        replace(DIGITS, **TEACHER, iterations=2_000, batch=256, learning_rate=1e-3,
-                ema_halflife=50_000, evaluate_every=1_000), OURS, CPU, None, DIGITS_NETWORK),
+        replace(DIGITS, **TEACHER, iterations=1_000, batch=256, learning_rate=1e-3,
+                ema_halflife=15_000, evaluate_every=500), OURS, CPU, None, DIGITS_NETWORK),
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
                 evaluate_every=10_000),

@@ -25,10 +25,12 @@ def presets():
     for (dataset, method, stage, variant), p in PRESETS.items():
         if dataset != "digits":
             fid = "-" if p.paper_fid is None else f"{p.paper_fid:.2f}"
-            rows.append(f"| {dataset} | {method} | {stage} | {variant or '-'} | {p.source} | {p.gpus} | "
-                        f"{p.config.batch} | {p.config.iterations:,} | {p.images / 1e6:,.0f}M | {fid} | no |")
-    head = ["dataset", "method", "stage", "variant", "source", "authors' hardware", "batch", "iterations",
-            "images", "paper's FID", "run here"]
+            cells = [dataset, method, str(stage), variant or "-", p.source, p.gpus,
+                     str(p.config.batch), f"{p.config.iterations:,}", f"{p.images / 1e6:,.0f}M",
+                     fid, "no"]
+            rows.append(f"| {' | '.join(cells)} |")
+    head = ["dataset", "method", "stage", "variant", "source", "authors' hardware", "batch",
+            "iterations", "images", "paper's FID", "run here"]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import math
 import signal
 import subprocess
 import time
@@ -11,12 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import distributed
-from checkpoint import write_atomically
+from checkpoint import save, save_latest, write_atomically
 from errors import RunFailed, UserError
 from models import sample_heun, sample_seeds, sample_student, to_uint8
 from pictures import grid, save_png
+from roles import payload
+
+LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
 
 
 def open_run(folder, config, options):
@@ -190,3 +195,75 @@ class Clock:
                 "seconds_left": round(left * self.batch / pace)}
 
 
+class Log:
+    """Progress bar, metrics.jsonl, sample grids, checkpoints: when they are due, and doing it."""
+
+    def __init__(self, config, options, start, best_fid):
+        self.config, self.folder, self.best_fid = config, options.folder, best_fid
+        self.every = LOG_EVERY * (config.ttur if config.stage else 4)
+        self.first = distributed.rank() == 0
+        self.metrics = Metrics(self.folder, start) if self.first else None
+        self.stop, self.clock, self.last = StopSignal(), Clock(config.batch), start
+        self.bar = tqdm(total=config.iterations, initial=start, desc=f"stage {config.stage}",
+                        unit="it", disable=not self.first, dynamic_ncols=True)
+
+    def due(self, step):
+        self.bar.update(step + 1 - self.bar.n if self.first else 0)
+        return self.first and (step % self.every == 0 or step + 1 == self.config.iterations)
+
+    def score_due(self, step):
+        every = self.config.evaluate_every
+        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.config.iterations)
+
+    def save_due(self, step):
+        return (self.score_due(step) or (step + 1) % self.config.save_every == 0
+                or step + 1 == self.config.iterations)
+
+    def stopping(self, device):
+        return distributed.any_rank(bool(self.stop.received), device)
+
+    def write(self, step, figures, images):
+        """Brightness and spread of the images are what DMD2's appendix C watches."""
+        figures = figures | {"image_mean": images.mean().item(),
+                             "image_spread": images.std().item()}
+        pace = self.clock.read(step + 1 - self.last, self.config.iterations - step - 1)
+        self.last = step + 1
+        self.metrics.write(iteration=step, **figures, **pace)
+        self.bar.set_postfix(loss=f"{figures.get('distill', figures['denoising']):.3g}",
+                             brightness=f"{figures['image_mean']:.3f}", best=f"{self.best_fid:.4g}")
+
+    def save(self, roles, optimizers, done, scores, device):
+        self.clock.pause()
+        own = str(self.config.stage) if self.config.stage else "heun"
+        fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
+        better = fid < self.best_fid or not self.config.evaluate_every
+        self.best_fid = min(fid, self.best_fid)
+        if self.first:
+            whole = payload(self.config, roles, optimizers, done, self.best_fid, scores)
+            if better:                                  # before latest.pt, which knows of it
+                save(self.folder / "best.pt", payload(self.config, roles, None, done, fid,
+                                                                 scores))
+            save_latest(self.folder, whole)
+            if scores:
+                flat = {f"{name}@{k}": v for k, figures in scores.items()
+                        for name, v in figures.items()}
+                self.metrics.write(iteration=done - 1, **flat)
+                self.bar.write(f"iteration {done}: "
+                               + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
+                save_samples(roles.ema, self.config.sigmas,
+                                     self.folder / "samples" / f"{done:06d}.png", device)
+        distributed.barrier()
+        self.clock.go_on()
+
+    def stopped(self, done):
+        self.bar.close()
+        if self.first:
+            print(f"{self.stop.received or 'another rank'}: saved after {done} iterations; the "
+                  "same command goes on")
+        return 3
+
+    def finish(self):
+        self.bar.close()
+        if self.first:
+            draw_curves(self.folder)
+        return 0

@@ -29,8 +29,8 @@ def load_teacher(config, options):
     path = Path(source) if Path(source).exists() else HERE / source
     if not path.exists():
         raise UserError(f"--teacher {source}: no such file and no published name; published: "
-                        f"{', '.join(name for name in PUBLISHED if name.startswith('edm-'))}; or make "
-                        f"one: python train.py --dataset {config.dataset} --stage 0")
+                        f"{', '.join(name for name in PUBLISHED if name.startswith('edm-'))}; or "
+                        f"make one: python train.py --dataset {config.dataset} --stage 0")
     try:
         return checkpoint.network_from(checkpoint.load(path))
     except checkpoint.DamagedCheckpoint:
@@ -56,7 +56,8 @@ def starting_point(config, options):
         raise UserError(f"{path} was trained for --sigmas {payload['sigmas']}, this run continues "
                         f"{earlier}; give the same ones")
     if "adapted" not in payload:
-        raise UserError(f"{path} holds a student but no adapted network; start from a best.pt of a run")
+        raise UserError(f"{path} holds a student but no adapted network; start from a best.pt of "
+                        "a run")
     return payload
 
 
@@ -93,7 +94,8 @@ def load_roles(config, options, device):
             role.to(device).eval()                       # no dropout anywhere (Deviation 6)
             if options.compile:
                 role.compile()
-    return SimpleNamespace(teacher=teacher, previous=previous, student=student, adapted=adapted, ema=ema)
+    return SimpleNamespace(teacher=teacher, previous=previous, student=student, adapted=adapted,
+                           ema=ema)
 
 
 def make_trainable(network):

@@ -7,11 +7,18 @@ import torch
 
 import distributed
 from fid import FeatureStatistics, feature_network, frechet_distance, read_reference
-from models import sample_every_step, sample_heun, sample_seeds, to_uint8
+from models import sample_every_step, sample_heun
+from networks import in_parallel, sample_block, seed_blocks
 from pretrained import fetch
 
 DIGITS_REFERENCE = Path(__file__).parent / "assets" / "digits-reference.npz"
-CHUNK = 128                     # images sampled together, whatever the number of processes
+
+
+def published_reference(dataset, cache):
+    if dataset == "digits":
+        return DIGITS_REFERENCE
+    names = {"cifar10": "fid-cifar10-32x32", "imagenet64": "fid-imagenet-64x64"}
+    return fetch(names[dataset], cache)
 
 
 class Scorer:
@@ -26,15 +33,13 @@ class Scorer:
             if turn:
                 self.features = feature_network(config.dataset, options.cache, device,
                                                 weights=options.inception)
-                path = options.reference or (DIGITS_REFERENCE if config.dataset == "digits" else fetch(
-                    {"cifar10": "fid-cifar10-32x32", "imagenet64": "fid-imagenet-64x64"}[config.dataset],
-                    options.cache))
+                path = options.reference or published_reference(config.dataset, options.cache)
                 self.reference = read_reference(path, self.features.dimensions)
             distributed.barrier()
 
     @torch.no_grad()
     def score(self, network, sigmas, heun_steps=18):
-        """A student at 1..n steps from one roll-out; without sigmas, a teacher by Heun (key "heun")."""
+        """A student at 1..n steps from one roll-out; without sigmas a teacher (key "heun")."""
         if sigmas:
             keys = [str(n + 1) for n in range(len(sigmas))]
             sampler = partial(sample_every_step, sigmas=sigmas)
@@ -44,14 +49,16 @@ class Scorer:
             def sampler(*inputs):
                 return [sample_heun(*inputs, steps=heun_steps)]
 
+        def task(seeds):
+            images, classes = sample_block(network, seeds, sampler, "random", self.device)
+            return [self.features(x) for x in images], classes
+
         statistics = [FeatureStatistics(self.features.dimensions, self.device) for _ in keys]
         right = torch.zeros(len(keys), dtype=torch.float64, device=self.device)
-        starts = range(0, self.images, CHUNK)[distributed.rank()::distributed.world_size()]
-        for start in starts:
-            seeds = range(start, min(start + CHUNK, self.images))
-            images, classes = sample_seeds(network, seeds, sampler, device=self.device)
-            for k, x0 in enumerate(images):
-                features, logits = self.features(to_uint8(x0))
+        blocks = seed_blocks(range(self.images), network, self.device)
+        mine = blocks[distributed.rank()::distributed.world_size()]
+        for outputs, classes in in_parallel(task, mine, self.device):
+            for k, (features, logits) in enumerate(outputs):
                 statistics[k].add(features)
                 if self.metric == "digits-FID":
                     right[k] += (logits.argmax(1) == classes).sum()

@@ -17,24 +17,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
-from tqdm import tqdm
 
-import checkpoint
 import distributed
-import records
-from edm_networks import EDMPrecond
-from errors import RunFailed, UserError, run
+from errors import RunFailed, run
 from losses import (denoising_loss, dm_loss, edm_loss, gan_adapted_loss, gan_student_loss,
                     regression_loss, sid_loss, unforget_loss)
 from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sigma_grid,
                     sigma_lognormal, sigma_sid, update_ema)
 from options import parse
 from plan import report
-from roles import load_roles, load_teacher, new_teacher, payload, resume
+from records import Log, open_run
+from roles import load_roles, load_teacher, new_teacher, resume
 from scoring import Scorer
-
-LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
-
 
 def distill(config, options, device):
     """One stage: DMD's Algorithm 1 with PMDD's inputs and unforget loss. Returns an exit code."""
@@ -74,7 +68,8 @@ def distill(config, options, device):
                 inputs, targets = roll_out(source, part.z, part.y, sigmas, part.noises.unbind(1))
                 first = 0 if unforget and student_turn else n - 1
                 with torch.set_grad_enabled(student_turn):
-                    *earlier, x0 = denoise_together(student_ddp, inputs[first:], sigmas[first:], part.y)
+                    *earlier, x0 = denoise_together(student_ddp, inputs[first:], sigmas[first:],
+                                                    part.y)
                 generated.append(x0.detach())
                 if not student_turn:
                     continue
@@ -107,12 +102,12 @@ def distill(config, options, device):
         losses = {}
         for part, x0 in zip(parts, generated):
             with distributed.sync_gradients(adapted_ddp, part is parts[-1]), autocast():
-                terms = {"denoising": denoising_loss(x0, part.sigma_adapted, part.eps_adapted, part.y,
-                                                     adapted=adapted_ddp)}
+                terms = {"denoising": denoising_loss(x0, part.sigma_adapted, part.eps_adapted,
+                                                     part.y, adapted=adapted_ddp)}
                 if config.gan_weight:                   # DMD2 Eq. 4, the discriminator
                     terms["discriminator"] = config.gan_adapted_weight * gan_adapted_loss(
-                        x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real, part.eps_real,
-                        part.y, part.y_real, discriminator=discriminator_ddp)
+                        x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real,
+                        part.eps_real, part.y, part.y_real, discriminator=discriminator_ddp)
                 (sum(terms.values()) / len(parts)).backward()
                 add(losses, terms, len(parts))
         losses = update(adapted_opt, losses, "adapted_gradient", config.clip, step)
@@ -143,7 +138,8 @@ def update(optimizer, losses, gradient_name, clip, step):
     for name, value in figures.items():
         if not math.isfinite(value):
             raise RunFailed(f"iteration {step}: {name} is {value}; no weight was moved, the last "
-                            "checkpoint is good; resume it with a lower --learning-rate and --force")
+                            "checkpoint is good; resume it with --force and a lower "
+                            "--learning-rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return figures
@@ -252,10 +248,12 @@ def train_teacher(config, options, device, network_config):
         set_rate(config, step, optimizer)
         rng = iteration_generator(config.seed, step, device)
         torch.manual_seed(rng.initial_seed() + distributed.rank())              # for dropout
-        drawn = {"real_index": torch.randint(len(images), (config.batch,), generator=rng, device=device),
+        drawn = {"real_index": torch.randint(len(images), (config.batch,), generator=rng,
+                                             device=device),
                  "sigma": sigma_lognormal(config.batch, rng),
                  "eps": torch.randn(config.batch, *images.shape, generator=rng, device=device)}
-        parts, losses = parts_of(drawn, config, options, roles.student.label_dim, device, images), {}
+        parts = parts_of(drawn, config, options, roles.student.label_dim, device, images)
+        losses = {}
         roles.student.train()
         for part in parts:
             with distributed.sync_gradients(network, part is parts[-1]), torch.autocast(
@@ -274,77 +272,6 @@ def train_teacher(config, options, device, network_config):
         if stopping:
             return log.stopped(step + 1)
     return log.finish()
-
-
-class Log:
-    """Progress bar, metrics.jsonl, sample grids and checkpoints: when they are due, and doing it."""
-
-    def __init__(self, config, options, start, best_fid):
-        self.config, self.folder, self.best_fid = config, options.folder, best_fid
-        self.every = LOG_EVERY * (config.ttur if config.stage else 4)
-        self.first = distributed.rank() == 0
-        self.metrics = records.Metrics(self.folder, start) if self.first else None
-        self.stop, self.clock, self.last = records.StopSignal(), records.Clock(config.batch), start
-        self.bar = tqdm(total=config.iterations, initial=start, desc=f"stage {config.stage}",
-                        unit="it", disable=not self.first, dynamic_ncols=True)
-
-    def due(self, step):
-        self.bar.update(step + 1 - self.bar.n if self.first else 0)
-        return self.first and (step % self.every == 0 or step + 1 == self.config.iterations)
-
-    def score_due(self, step):
-        every = self.config.evaluate_every
-        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.config.iterations)
-
-    def save_due(self, step):
-        return (self.score_due(step) or (step + 1) % self.config.save_every == 0
-                or step + 1 == self.config.iterations)
-
-    def stopping(self, device):
-        return distributed.any_rank(bool(self.stop.received), device)
-
-    def write(self, step, figures, images):
-        """Brightness and spread of the images are what DMD2's appendix C watches."""
-        figures = figures | {"image_mean": images.mean().item(), "image_spread": images.std().item()}
-        pace = self.clock.read(step + 1 - self.last, self.config.iterations - step - 1)
-        self.last = step + 1
-        self.metrics.write(iteration=step, **figures, **pace)
-        self.bar.set_postfix(loss=f"{figures.get('distill', figures['denoising']):.3g}",
-                             brightness=f"{figures['image_mean']:.3f}", best=f"{self.best_fid:.4g}")
-
-    def save(self, roles, optimizers, done, scores, device):
-        self.clock.pause()
-        own = str(self.config.stage) if self.config.stage else "heun"
-        fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
-        better = fid < self.best_fid or not self.config.evaluate_every
-        self.best_fid = min(fid, self.best_fid)
-        if self.first:
-            whole = payload(self.config, roles, optimizers, done, self.best_fid, scores)
-            if better:                                  # before latest.pt, which knows of it
-                checkpoint.save(self.folder / "best.pt", payload(self.config, roles, None, done, fid,
-                                                                 scores))
-            checkpoint.save_latest(self.folder, whole)
-            if scores:
-                flat = {f"{name}@{k}": v for k, figures in scores.items() for name, v in figures.items()}
-                self.metrics.write(iteration=done - 1, **flat)
-                self.bar.write(f"iteration {done}: " + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
-                records.save_samples(roles.ema, self.config.sigmas,
-                                     self.folder / "samples" / f"{done:06d}.png", device)
-        distributed.barrier()
-        self.clock.go_on()
-
-    def stopped(self, done):
-        self.bar.close()
-        if self.first:
-            print(f"{self.stop.received or 'another rank'}: saved after {done} iterations; the same "
-                  "command goes on")
-        return 3
-
-    def finish(self):
-        self.bar.close()
-        if self.first:
-            records.draw_curves(self.folder)
-        return 0
 
 
 def describe(preset, config, options):
@@ -374,7 +301,7 @@ def main(argv=None):
             if distributed.rank() == 0:
                 print_plan(config, options, network_config)
             continue
-        lock = records.open_run(options.folder, config, options)
+        lock = open_run(options.folder, config, options)
         if config.stage == 0:
             code = train_teacher(config, options, device, preset.network)
         else:

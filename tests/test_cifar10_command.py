@@ -26,16 +26,16 @@ SMALL = CIFAR10_NETWORK | {"model_channels": 8, "num_blocks": 1}          # DDPM
 
 @pytest.fixture
 def published(tmp_path):
-    """A loopback server with a teacher pickle and an FID reference, and Inception weights by hand."""
+    """A server with a teacher pickle and an FID reference; Inception's weights put by hand."""
     folder = tmp_path / "published"
     folder.mkdir()
     torch.manual_seed(0)
     teacher = EDMPrecond(**SMALL)
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    config = {k: v for k, v in teacher.config.items() if k not in ("num_blocks", "attn_resolutions")}
+    config = {k: v for k, v in teacher.config.items() if k != "attn_resolutions"}
     state = teacher.state_dict()
-    pickled = network_pickle(config | {"num_blocks": 1}, state, 4)
+    pickled = network_pickle(config, state, 4)
     (folder / "edm-cifar10-32x32-cond-vp.pkl").write_bytes(pickled)
     root = np.random.default_rng(0).standard_normal((2048, 2048)) / 45
     write_reference(folder / "cifar10-32x32.npz", np.full(2048, 0.4), root @ root.T)
@@ -50,8 +50,8 @@ def published(tmp_path):
 
 def torchrun(mirror, tmp_path, *argv):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "train.py"), "--dataset", "cifar10", *argv, "--cache", str(tmp_path / "cache"),
-               "--inception", str(tmp_path / "inception.pth"), "--batch", "4", "--iterations", "2",
+               str(ROOT / "train.py"), "--dataset", "cifar10", *argv,
+               "--cache", str(tmp_path / "cache"), "--inception", str(tmp_path / "inception.pth"), "--batch", "4", "--iterations", "2",
                "--evaluate-images", "6"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240,
                           env=os.environ | {"PMDD_MIRROR": mirror, "OMP_NUM_THREADS": "1"})

@@ -19,7 +19,8 @@ NETWORKS = ["adm-3level", "adm-small", "ddpmpp-cond-8", "ddpmpp-cond-aug-16", "d
 def golden(name):
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
         values = {k: file[k] for k in file.files}
-    config, shapes = json.loads(str(values.pop("config"))), json.loads(str(values.pop("state_dict_shapes")))
+    config = json.loads(str(values.pop("config")))
+    shapes = json.loads(str(values.pop("state_dict_shapes")))
     return config, shapes, {k: torch.from_numpy(v) for k, v in values.items()}
 
 
@@ -85,7 +86,8 @@ def test_the_encoders_output_alone_equals_the_one_beside_the_image_and_runs_no_d
     assert torch.equal(both[1], encoded)
     assert len(ran) == len(network.model.dec)               # one pass for both
     assert torch.equal(both[0], network(want["x"], want["sigma"], want["labels"]))
-    assert encoded.shape[1:] == (network.model.encoder_channels, *[network.model.encoder_resolution] * 2)
+    size = network.model.encoder_resolution
+    assert encoded.shape[1:] == (network.model.encoder_channels, size, size)
 
 
 def test_the_published_teachers_have_the_published_parameter_counts():
