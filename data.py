@@ -4,6 +4,7 @@ Only DMD's regression, DMD2's GAN, stage 0 and references need this file: PMDD, 
 GAN never import it.
 """
 
+import hashlib
 import io
 import json
 import shutil
@@ -205,11 +206,13 @@ def noise_image_pairs(teacher, count, steps, folder, batch, device):
     Pair i comes from seed i, in parts that survive an interruption; the ranks share the parts.
     """
     path, parts = folder / "pairs.npz", folder / "pairs"
-    about = np.array(json.dumps(dict(count=count, steps=steps)))
+    made_by = weights_digest(teacher)
+    about = np.array(json.dumps(dict(count=count, steps=steps, teacher=made_by)))
     if not path.exists():
         make_folder(parts)
         ranges = [range(s, min(s + PAIRS_PART, count)) for s in range(0, count, PAIRS_PART)]
-        files = {seeds: parts / f"{seeds[0]}-{seeds[-1]}-{steps}.npz" for seeds in ranges}
+        files = {seeds: parts / f"{seeds[0]}-{seeds[-1]}-{steps}-{made_by}.npz"
+                 for seeds in ranges}
         mine = [seeds for seeds in ranges[distributed.rank()::distributed.world_size()]
                 if not files[seeds].exists()]
         for seeds in tqdm(mine, desc="noise-image pairs", unit="part",
@@ -228,6 +231,13 @@ def noise_image_pairs(teacher, count, steps, folder, batch, device):
         raise UserError(f"{path} was made with {pairs['about']}, this run wants {about}; "
                         "move it away to make new pairs")
     return tuple(torch.from_numpy(pairs[k]) for k in ("z", "y", "classes"))
+
+
+def weights_digest(network):
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def make_folder(path):

@@ -51,8 +51,8 @@ def published(tmp_path):
 def torchrun(mirror, tmp_path, *argv):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                str(ROOT / "train.py"), "--dataset", "cifar10", *argv,
-               "--cache", str(tmp_path / "cache"), "--inception", str(tmp_path / "inception.pth"), "--batch", "4", "--iterations", "2",
-               "--evaluate-images", "6"]
+               "--cache", str(tmp_path / "cache"), "--inception", str(tmp_path / "inception.pth"),
+               "--batch", "4", "--iterations", "2", "--evaluate-images", "6"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240,
                           env=os.environ | {"PMDD_MIRROR": mirror, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -124,7 +124,8 @@ def test_resampling_equals_grouped_filtering(taps, up):
          channel_mult=[2, 1], num_blocks=3, attn_resolutions=[], embedding_type="fourier",
          encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1]),
     dict(img_resolution=8, img_channels=2, model_type="DhariwalUNet", model_channels=64,
-         channel_mult=[1, 1], num_blocks=2, attn_resolutions=[8], channel_mult_emb=2, augment_dim=2),
+         channel_mult=[1, 1], num_blocks=2, attn_resolutions=[8], channel_mult_emb=2,
+         augment_dim=2),
 ])
 def test_any_member_of_the_families_builds_runs_and_is_rebuilt_from_its_config(config):
     network = EDMPrecond(**config).eval()
@@ -199,13 +200,15 @@ def test_an_architecture_that_cannot_be_built_is_a_value_error(change, message):
     (dict(output="logits"), "denoised, encoder, both"),
 ])
 def test_bad_input_is_a_value_error_that_names_it(inputs, message):
-    network = EDMPrecond(8, 1, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1)
+    network = EDMPrecond(8, 1, model_type="SongUNet", model_channels=8, channel_mult=[1],
+                         num_blocks=1)
     good = dict(x=torch.zeros(2, 1, 8, 8), sigma=1.0)
     with pytest.raises(ValueError, match=message):
         network(**good | inputs)
 
 
 def test_labels_of_the_wrong_width_are_refused():
-    network = EDMPrecond(8, 1, 10, model_type="SongUNet", model_channels=8, channel_mult=[1], num_blocks=1)
+    network = EDMPrecond(8, 1, 10, model_type="SongUNet", model_channels=8, channel_mult=[1],
+                         num_blocks=1)
     with pytest.raises(ValueError, match=r"labels have shape \[2, 7\]; allowed: \[2, 10\]"):
         network(torch.zeros(2, 1, 8, 8), 1.0, torch.zeros(2, 7))

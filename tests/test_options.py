@@ -102,7 +102,7 @@ def noise_levels(steps):
 @pytest.mark.parametrize("key", TABLE, ids=lambda key: " ".join(map(str, key)))
 def test_a_preset_equals_the_papers_row(key):
     fields, steps, fid, gpus = TABLE[key]
-    preset = PRESETS[key]
+    fields, preset = fields | {"final_rate": 1}, PRESETS[key]   # no paper lowers its learning rate
     differing = {name: (value, getattr(preset.config, name)) for name, value in fields.items()
                  if getattr(preset.config, name) != value}
     assert not differing
@@ -304,6 +304,8 @@ def refused(*argv):
     ("--evaluate-every -1", ["--evaluate-every is -1", "0 or more"]),
     ("--learning-rate 0", ["--learning-rate is 0.0", "above 0"]),
     ("--learning-rate nan", ["--learning-rate is nan"]),
+    ("--final-rate 0", ["--final-rate is 0.0", "above 0, at most 1"]),
+    ("--final-rate 1.5", ["--final-rate is 1.5"]), ("--final-rate nan", ["--final-rate is nan"]),
     ("--learning-rate inf", ["--learning-rate is inf"]), ("--learning-rate x", ["x"]),
     ("--alpha nan", ["--alpha is nan"]), ("--alpha -1", ["--alpha is -1.0", "0 or more"]),
     ("--unforget-weight -0.1", ["--unforget-weight is -0.1"]),

@@ -1,5 +1,6 @@
 """The loop: resumable to the bit, independent of processes and parts, and what may stop it."""
 
+import dataclasses
 import gc
 import inspect
 import json
@@ -16,14 +17,16 @@ import torch
 import checkpoint
 import losses
 import models
+import presets
 import records
 import train
 from edm_networks import EDMPrecond
 from errors import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet", model_channels=8,
-               channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.1)
+NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
+               model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
+               dropout=0.1)
 ROLES = ("student", "adapted", "ema", "head", "optimizers")
 
 
@@ -42,10 +45,10 @@ def teacher(tmp_path_factory):
 
 
 def flags(teacher, folder, *more, iterations=7, batch=8):
-    return ["--teacher", str(teacher), "--folder", str(folder), "--batch", str(batch), "--iterations",
-            str(iterations), "--evaluate-images", "12", "--evaluate-every", "4", "--save-every", "2",
-            "--regression-pairs", "20", "--regression-steps", "3", "--ttur", "3",
-            "--learning-rate", "1e-3", *more]
+    return ["--teacher", str(teacher), "--folder", str(folder), "--batch", str(batch),
+            "--iterations", str(iterations), "--evaluate-images", "12", "--evaluate-every", "4",
+            "--save-every", "2", "--final-rate", "1", "--regression-pairs", "20",
+            "--regression-steps", "3", "--ttur", "3", "--learning-rate", "1e-3", *more]
 
 
 def tensors(value, name=""):
@@ -72,7 +75,8 @@ def relative_difference(a, b):
         names = [n for n in a if n.startswith("." + role)]
         if names:
             off = sum((a[n].double() - b[n].double()).square().sum() for n in names).sqrt()
-            worst = max(worst, (off / sum(b[n].double().square().sum() for n in names).sqrt()).item())
+            size = sum(b[n].double().square().sum() for n in names).sqrt()
+            worst = max(worst, (off / size).item())
     return worst
 
 
@@ -112,7 +116,8 @@ train.main(sys.argv[3:])
 
 
 @pytest.mark.parametrize("more, stage, kills", [
-    (["--stage", "1"], 1, [(0, "adapted_gradient"), (3, "student_gradient"), (6, "adapted_gradient")]),
+    (["--stage", "1"], 1, [(0, "adapted_gradient"), (3, "student_gradient"),
+                           (6, "adapted_gradient")]),
     (["--stage", "2"], 2, [(1, "adapted_gradient"), (5, "adapted_gradient")]),
     (["--method", "dmd2", "--regression-weight", "0.25"], 1,
      [(2, "adapted_gradient"), (3, "adapted_gradient")]),
@@ -197,20 +202,23 @@ def test_the_student_moves_every_ttur_th_iteration_and_the_adapted_network_every
     assert student == {-(-iterations // ttur)} and adapted == {iterations}
 
 
-def test_stages_continue_from_the_best_student_and_start_with_nothing_to_unforget(teacher, tmp_path):
+def test_stages_continue_from_the_best_student_and_start_with_nothing_to_unforget(
+        teacher, tmp_path):
     train.main(flags(teacher, tmp_path))                                     # stages 1, 2, 3
     for stage in (2, 3):
         best = checkpoint.load(tmp_path / f"stage{stage - 1}" / "best.pt")
         lines = records.read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
         assert lines[0]["unforget"] == pytest.approx(0, abs=1e-12)
-        assert max(line.get("unforget", 0) for line in lines) > 1e-12       # later there is something
+        assert max(line.get("unforget", 0) for line in lines) > 1e-12       # later there is
         roles = train.load_roles(*first_row(flags(teacher, tmp_path, "--stage", str(stage))), "cpu")
         for role in ("student", "previous", "ema"):
             got = getattr(roles, role).state_dict()
             assert all(torch.equal(got[k], v) for k, v in best["ema"].items())
-        assert all(torch.equal(roles.adapted.state_dict()[k], v) for k, v in best["adapted"].items())
+        adapted = roles.adapted.state_dict()
+        assert all(torch.equal(adapted[k], v) for k, v in best["adapted"].items())
         saved = checkpoint.load(tmp_path / f"stage{stage}" / "latest.pt")
-        assert len(saved["sigmas"]) == stage and set(saved["fid"]) == {str(n + 1) for n in range(stage)}
+        assert len(saved["sigmas"]) == stage
+        assert set(saved["fid"]) == {str(n + 1) for n in range(stage)}
 
 
 def first_row(argv):
@@ -244,7 +252,8 @@ def test_external_sampling_rolls_out_the_previous_student_and_own_sampling_the_c
     assert rolled and all(s is (made[0].previous if external else made[0].student) for s in rolled)
 
 
-def test_dmd2_with_several_steps_trains_every_step_by_its_own_roll_out(teacher, tmp_path, monkeypatch):
+def test_dmd2_with_several_steps_trains_every_step_by_its_own_roll_out(
+        teacher, tmp_path, monkeypatch):
     lengths, real = [], train.roll_out
 
     def watched(student, z, y, sigmas, noises):
@@ -283,7 +292,8 @@ train.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("more", [[], ["--method", "sid"], ["--method", "dmd2", "--gan-weight", "0"]])
+@pytest.mark.parametrize("more", [[], ["--method", "sid"],
+                                  ["--method", "dmd2", "--gan-weight", "0"]])
 def test_data_free_methods_run_when_the_data_module_cannot_be_imported(teacher, tmp_path, more):
     run_python(WITHOUT_DATA, *flags(teacher, tmp_path, *more, iterations=3))
 
@@ -312,7 +322,8 @@ def test_a_run_keeps_one_copy_of_each_network_gradient_and_optimizer_state(
         return real(self, step)
 
     monkeypatch.setattr(train.Log, "due", due)
-    held = sum(t.untyped_storage().nbytes() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    held = sum(t.untyped_storage().nbytes() for t in gc.get_objects()
+               if isinstance(t, torch.Tensor))
     train.main(flags(teacher, tmp_path, "--stage", "2"))
     weights = 4 * sum(p.numel() for p in EDMPrecond(**NETWORK).parameters())
     # student, adapted, teacher, previous, average, two Adam states of two moments each
@@ -333,8 +344,9 @@ def test_one_iteration_can_be_followed_in_two_hundred_lines():
 
 # ---- What stops a run ----
 
-@pytest.mark.parametrize("target, term, at", [("sid_loss", "distill", 3), ("unforget_loss", "unforget", 3),
-                                              ("denoising_loss", "denoising", 2)])
+@pytest.mark.parametrize("target, term, at", [
+    ("sid_loss", "distill", 3), ("unforget_loss", "unforget", 3),
+    ("denoising_loss", "denoising", 2)])
 def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
         teacher, tmp_path, monkeypatch, target, term, at):
     train.main(flags(teacher, tmp_path, "--stage", "1", iterations=2))
@@ -398,7 +410,8 @@ def test_a_users_mistake_is_one_line_that_says_how_to_mend_it(teacher, tmp_path,
 
 
 def test_a_checkpoint_of_another_dataset_or_architecture_is_refused(teacher, tmp_path):
-    other = checkpoint.load(teacher) | {"adapted": checkpoint.load(teacher)["ema"], "sigmas": [80.0]}
+    other = checkpoint.load(teacher)
+    other |= {"adapted": other["ema"], "sigmas": [80.0]}
     checkpoint.save(tmp_path / "other.pt", other | {"dataset": "cifar10"})
     with pytest.raises(UserError, match="is of dataset cifar10, this run of digits"):
         train.main(flags(teacher, tmp_path / "a", "--stage", "2", "--start-from",
@@ -412,8 +425,10 @@ def test_a_checkpoint_of_another_dataset_or_architecture_is_refused(teacher, tmp
 
 
 def test_the_command_line_exits_with_two_and_one_line(teacher, tmp_path):
-    done = run_python(None, ROOT / "train.py", *flags(teacher, tmp_path), "--stage", "2", check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    done = run_python(None, ROOT / "train.py", *flags(teacher, tmp_path), "--stage", "2",
+                      check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
     if not torch.cuda.is_available():
         done = run_python(None, ROOT / "train.py", "--device", "cuda", check=False)
         assert done.returncode == 2 and "no CUDA device" in done.stderr
@@ -428,13 +443,13 @@ def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path,
 
 
 def test_a_teacher_trains_and_resumes_to_the_bit_and_can_be_distilled(tmp_path, monkeypatch):
-    preset = train.parse(["--stage", "0"])[0][0]
-    monkeypatch.setattr(preset.__class__, "network", NETWORK, raising=False)
-    object.__setattr__(preset, "network", NETWORK)          # a small one, with dropout
+    key = ("digits", "pmdd", 0, "")
+    row = dataclasses.replace(presets.PRESETS[key], network=NETWORK)         # small, with dropout
+    monkeypatch.setitem(presets.PRESETS, key, row)
     for folder, stops in (("whole", [6]), ("twice", [3, 6])):
         for iterations in stops:
-            train.main(["--stage", "0", "--folder", str(tmp_path / folder), "--batch", "8", "--force",
-                        "--iterations", str(iterations), "--evaluate-images", "12",
+            train.main(["--stage", "0", "--folder", str(tmp_path / folder), "--batch", "8",
+                        "--force", "--iterations", str(iterations), "--evaluate-images", "12",
                         "--evaluate-every", "3"])
     whole, twice = state(tmp_path / "whole", 0), state(tmp_path / "twice", 0)
     assert all(torch.equal(whole[name], twice[name]) for name in whole)
