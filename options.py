@@ -131,6 +131,8 @@ def check(config):
     if config.stage:
         require(config.loss != "none" or config.gan_weight or config.regression_weight, "loss",
                 "dm or sid, unless there is a GAN or regression term")
+        require(not config.unforget_weight or config.trained_step == "last", "unforget_weight",
+                "0 with --trained-step random: there is no previous student")
         require(not config.regression_weight or config.regression_pairs >= 1, "regression_pairs",
                 "at least 1 with --regression-weight")
 

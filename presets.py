@@ -84,6 +84,7 @@ CIFAR10_NETWORK = dict(img_resolution=32, img_channels=3, label_dim=10, model_ty
                        augment_dim=9, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)
 IMAGENET64_NETWORK = dict(img_resolution=64, img_channels=3, label_dim=1000,
                           model_type="DhariwalUNet", dropout=0.10)
+NETWORKS = {"digits": DIGITS_NETWORK, "cifar10": CIFAR10_NETWORK, "imagenet64": IMAGENET64_NETWORK}
 TEACHERS = {"digits": "assets/digits-teacher.pt", "cifar10": "edm-cifar10-32x32-cond-vp",
             "imagenet64": "edm-imagenet-64x64-cond-adm"}
 UNCONDITIONAL = "edm-cifar10-32x32-uncond-vp"

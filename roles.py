@@ -139,10 +139,10 @@ def bare(adapted):
     return adapted.network if isinstance(adapted, AdaptedWithHead) else adapted
 
 
-def resume(folder, roles, optimizers, device):
+def resume(folder, roles, optimizers):
     """Load latest.pt into the roles: the iteration to go on from, and the best FID so far."""
     say = print if distributed.rank() == 0 else lambda text: None
-    saved = checkpoint.load_latest(folder, device, say)
+    saved = checkpoint.load_latest(folder, say=say)         # on the CPU: no second copy on a GPU
     if saved is None:
         return 0, float("inf")
     with_head = isinstance(roles.adapted, AdaptedWithHead)

@@ -26,9 +26,11 @@ from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sig
                     sigma_lognormal, sigma_sid, update_ema)
 from options import parse
 from plan import report
+from presets import NETWORKS
 from records import Log, open_run
-from roles import load_roles, load_teacher, new_teacher, resume
+from roles import load_roles, new_teacher, resume
 from scoring import Scorer
+
 
 def distill(config, options, device):
     """One stage: DMD's Algorithm 1 with PMDD's inputs and unforget loss. Returns an exit code."""
@@ -36,7 +38,7 @@ def distill(config, options, device):
     teacher, previous, student, adapted, ema = (
         roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema)
     student_opt, adapted_opt = adamw(student, config), adamw(adapted, config)
-    start, best_fid = resume(options.folder, roles, [student_opt, adapted_opt], device)
+    start, best_fid = resume(options.folder, roles, [student_opt, adapted_opt])
     student_ddp, adapted_ddp = distributed.parallel(student), distributed.parallel(adapted)
 
     # What this method adds up; each is a choice of the preset, made once.
@@ -57,7 +59,7 @@ def distill(config, options, device):
         n, drawn = draw_iteration(config, step, teacher, device, real, pairs)
         parts = parts_of(drawn, config, options, teacher.label_dim, device, real, pairs)
         sigmas = config.sigmas[:n]
-        generated, losses = [], {}
+        generated, losses, figures = [], {}, {}
         set_rate(config, step, student_opt, adapted_opt)
 
         # Generate images from the inputs of this stage; on its turn, update the student.
@@ -93,10 +95,9 @@ def distill(config, options, device):
                 (sum(terms.values()) / len(parts)).backward()
                 add(losses, terms, len(parts))
         if student_turn:
-            losses = update(student_opt, losses, "student_gradient", config.clip, step)
+            figures = update(student_opt, losses, "student_gradient", config.clip, step)
             update_ema(ema, student, config.batch, config.ema_halflife)
             adapted.requires_grad_(True)
-            figures = dict(losses)
 
         # Update the adapted network on the same images (PMDD Eq. 8, DMD Alg. 3).
         losses = {}
@@ -110,11 +111,11 @@ def distill(config, options, device):
                         part.eps_real, part.y, part.y_real, discriminator=discriminator_ddp)
                 (sum(terms.values()) / len(parts)).backward()
                 add(losses, terms, len(parts))
-        losses = update(adapted_opt, losses, "adapted_gradient", config.clip, step)
+        figures |= update(adapted_opt, losses, "adapted_gradient", config.clip, step)
 
         # Log; at times evaluate, keep the best, save.
         if log.due(step):
-            log.write(step, figures | losses, x0)
+            log.write(step, figures, x0)
         stopping = log.stopping(device)
         if log.save_due(step) or stopping:
             scores = scorer.score(ema, config.sigmas) if log.score_due(step) else {}
@@ -241,7 +242,7 @@ def train_teacher(config, options, device, network_config):
     roles = new_teacher(config, options, network_config, device)
     data.check_fits(images, roles.student)
     optimizer = adamw(roles.student, config)
-    start, best_fid = resume(options.folder, roles, [optimizer], device)
+    start, best_fid = resume(options.folder, roles, [optimizer])
     network = distributed.parallel(roles.student)
     scorer, log = Scorer(config, options, device), Log(config, options, start, best_fid)
     for step in range(start, config.iterations):
@@ -280,10 +281,11 @@ def describe(preset, config, options):
           f"{preset.paper_fid or 'none'}", flush=True)
 
 
-def print_plan(config, options, network_config):
+def print_plan(config, options):
     for name, value in vars(config).items():
         print(f"  {name}: {value}")
-    print("\n".join(report(config, network_config, options.batch_per_gpu, options.world_size)))
+    print("\n".join(report(config, NETWORKS[config.dataset], options.batch_per_gpu,
+                           options.world_size)))
 
 
 def main(argv=None):
@@ -297,9 +299,8 @@ def main(argv=None):
         if distributed.rank() == 0:
             describe(preset, config, options)
         if options.dry_run:
-            network_config = preset.network or load_teacher(config, options).config
             if distributed.rank() == 0:
-                print_plan(config, options, network_config)
+                print_plan(config, options)
             continue
         lock = open_run(options.folder, config, options)
         if config.stage == 0:
