@@ -113,7 +113,7 @@ SID = dict(method="sid", sigmas=(2.5,), ttur=1, betas=(0.0, 0.999), weight_decay
 TEACHER = dict(stage=0, teacher="", sigmas=(), final_rate=1.0, weight_decay=0.0, clip=0.0)
 
 # ---- Digits: ours, chosen so that minutes on two CPU cores are enough ----
-DIGITS = Config(teacher=TEACHERS["digits"], iterations=3000, batch=128, ttur=2, learning_rate=4e-4,
+DIGITS = Config(teacher=TEACHERS["digits"], iterations=4000, batch=128, ttur=2, learning_rate=4e-4,
                 final_rate=0.05, ema_halflife=8_000, evaluate_every=500, evaluate_images=5_000,
                 save_every=250)
 
@@ -169,10 +169,10 @@ PRESETS = {
 
     ("digits", "pmdd", 1, ""): Preset(DIGITS, OURS, CPU, None),
     ("digits", "pmdd", 2, ""): Preset(
-        later(DIGITS, 2, learning_rate=2e-4, iterations=1500, unforget_weight=1.0),
+        later(DIGITS, 2, learning_rate=4e-4, iterations=3000, unforget_weight=1.0),
         OURS, CPU, None),
     ("digits", "pmdd", 3, ""): Preset(
-        later(DIGITS, 3, learning_rate=1e-4, iterations=1000, unforget_weight=1.0),
+        later(DIGITS, 3, learning_rate=2e-4, iterations=2000, unforget_weight=1.0),
         OURS, CPU, None),
     ("digits", "dmd", 1, ""): Preset(
         replace(DIGITS, **DMD, regression_pairs=2_000), OURS, CPU, None),
@@ -180,8 +180,8 @@ PRESETS = {
     ("digits", "sid", 1, ""): Preset(replace(DIGITS, **SID), OURS, CPU, None),
 
     ("digits", "pmdd", 0, ""): Preset(
-        replace(DIGITS, **TEACHER, iterations=1_000, batch=256, learning_rate=1e-3,
-                ema_halflife=15_000, evaluate_every=500), OURS, CPU, None, DIGITS_NETWORK),
+        replace(DIGITS, **TEACHER, iterations=2_000, batch=256, learning_rate=1e-3,
+                ema_halflife=15_000, evaluate_every=1_000), OURS, CPU, None, DIGITS_NETWORK),
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
                 evaluate_every=10_000),

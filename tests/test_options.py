@@ -187,10 +187,12 @@ def words(name, value):
 
 @pytest.mark.parametrize("name", [n for n in FIELDS if n not in ("dataset", "method", "stage")])
 def test_a_flag_overrides_its_field_and_only_that(name):
-    (_, base, how), = parse(*BASE)
+    # A step drawn at random has no previous student, so nothing to unforget.
+    row = [*BASE, "--unforget-weight", 0] if name == "trained_step" else BASE
+    (_, base, how), = parse(*row)
     value = another(name, getattr(base, name))
     assert value != getattr(base, name)
-    (_, config, options_), = parse(*BASE, *words(name, value))
+    (_, config, options_), = parse(*row, *words(name, value))
     assert dataclasses.asdict(config) == dataclasses.asdict(base) | {name: value}
     assert type(getattr(config, name)) is type(getattr(base, name))
     assert options_ == how or name == "batch" and options_ == dataclasses.replace(
@@ -556,3 +558,8 @@ def test_the_seconds_left_follow_from_the_pace_and_leave_out_the_pauses(monkeypa
     assert clock.read(iterations=5, left=100) == {"images_per_second": 2.0, "seconds_left": 400}
     now[0] += 4
     assert clock.read(iterations=1, left=0) == {"images_per_second": 2.0, "seconds_left": 0}
+
+
+def test_a_step_drawn_at_random_has_nothing_to_unforget():
+    with pytest.raises(UserError, match="--unforget-weight is 1.0; allowed: 0 with --trained-step"):
+        parse("--stage", 2, "--trained-step", "random", "--unforget-weight", 1)
