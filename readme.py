@@ -4,8 +4,10 @@
 """
 
 import ast
+import json
 import re
 from pathlib import Path
+from statistics import median
 
 from checkpoint import write_atomically
 from errors import UserError, run
@@ -43,7 +45,42 @@ def files():
     return "\n".join(["| file | |", "|---|---|", *rows])
 
 
-TABLES = {"headline": headline, "presets": presets, "files": files}
+def result(name):
+    return json.loads((HERE / "results" / name).read_text())
+
+
+def speed():
+    """What the measuring scripts in results/ recorded."""
+    fid, network = result("fid-speed.json"), result("network-speed.json")
+    sampling = result("sampling-speed.json")
+    few, many = sampling["evaluate.py at 1, 2 and 3 steps"]
+    passes = next(v for k, v in sampling.items() if k.startswith("one pass"))
+    ratios = network["ratio_ours_to_grouped"]
+    rows = [
+        ("Inception features, images a second, against torch-fidelity",
+         f"{fid['inception']['median']['ours']:.1f} against "
+         f"{fid['inception']['median']['torch_fidelity']:.1f}: "
+         f"{fid['inception']['ratio_of_medians']:.2f} times", "measure_fid_speed.py"),
+        ("Frechet distance, 2048 x 2048, against scipy's sqrtm",
+         f"{median(fid['frechet']['ours_seconds']):.2f} s against "
+         f"{fid['frechet']['sqrtm_seconds']:.2f} s: {fid['frechet']['ratio']:.1f} times faster",
+         "measure_fid_speed.py"),
+        ("CIFAR-10 network, batch 8, against resampling by grouped convolutions",
+         f"forward {ratios['forward']:.2f}, forward and backward "
+         f"{ratios['forward and backward']:.2f} of its time", "measure_network_speed.py"),
+        (f"{many['images']:,} digits sampled and scored at 1, 2 and 3 steps",
+         f"{many['seconds'] / 60:.1f} minutes, {many['peak_mb']} MB at the peak "
+         f"({few['images']:,} images: {few['peak_mb']} MB)", "measure_sampling_speed.py"),
+        ("One sampling pass of the digits network, time against fp32",
+         f"bf16 {passes['bf16']['ratio_to_fp32']:.2f}, "
+         f"channels_last {passes['channels_last']['ratio_to_fp32']:.2f}",
+         "measure_sampling_speed.py")]
+    return "\n".join(["| what | measured on 2 CPU cores | by |", "|---|---|---|",
+                      *(f"| {what} | {figure} | `results/{script}` |"
+                        for what, figure, script in rows)])
+
+
+TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed}
 
 
 def filled(text):
