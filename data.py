@@ -197,7 +197,9 @@ def check_fits(images, network):
 
 # ---- The teacher's noise-image pairs (DMD Sec. 3.3) ----
 
-PAIRS_PART = 1024               # pairs in a part: what an interruption can cost
+# A part is what an interruption can cost and what one rank may wait for: at most so many pairs,
+# and about so many evaluations of the teacher.
+PAIRS_PART, PART_EVALUATIONS = 1024, 32_768
 
 
 def noise_image_pairs(teacher, count, steps, folder, batch, device):
@@ -210,7 +212,8 @@ def noise_image_pairs(teacher, count, steps, folder, batch, device):
     about = np.array(json.dumps(dict(count=count, steps=steps, teacher=made_by)))
     if not path.exists():
         make_folder(parts)
-        ranges = [range(s, min(s + PAIRS_PART, count)) for s in range(0, count, PAIRS_PART)]
+        size = min(PAIRS_PART, max(1, PART_EVALUATIONS // (2 * steps - 1)))
+        ranges = [range(s, min(s + size, count)) for s in range(0, count, size)]
         files = {seeds: parts / f"{seeds[0]}-{seeds[-1]}-{steps}-{made_by}.npz"
                  for seeds in ranges}
         mine = [seeds for seeds in ranges[distributed.rank()::distributed.world_size()]

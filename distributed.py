@@ -14,15 +14,17 @@ from errors import UserError
 
 def start(device=None):
     """The device of this process; joins the group when torchrun started us."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, here = (int(os.environ.get(f"LOCAL_{name}", default))
+                        for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise UserError(f"--device is {kind!r}; allowed: cpu, cuda")
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is above the {torch.cuda.device_count()} GPUs here")
+        if here > torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node={here} is above the {torch.cuda.device_count()} "
+                            "GPUs here")
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo",

@@ -84,7 +84,7 @@ def group_norm(channels, eps):
 class UNetBlock(nn.Module):
     """Residual block with the noise embedding, and attention if asked: (x, emb) -> x."""
 
-    def __init__(self, inputs, outputs, emb_width, *, adm, up=False, down=False, attention=False,
+    def __init__(self, inputs, outputs, *, emb_width, adm, up=False, down=False, attention=False,
                  dropout=0.0, resample_filter=(1, 1)):
         super().__init__()
         resample = dict(up=up, down=down, resample_filter=resample_filter)
@@ -124,6 +124,8 @@ class UNetBlock(nn.Module):
         # Output channels of qkv: head slowest, channel within the head, then (q, k, v) fastest.
         qkv = self.qkv(x).reshape(B, self.heads, C // self.heads, 3, H * W)
         q, k, v = qkv.transpose(2, 4).unbind(3)                         # each [B,heads,HW,c]
+        if x.is_cuda:                       # fused kernels want the last dimension contiguous
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(2, 3).reshape(B, C, H, W))
 
@@ -161,7 +163,9 @@ class UNet(nn.Module):
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
         emb_width = model_channels * channel_mult_emb
         noise_width = model_channels * channel_mult_noise
-        block = dict(adm=adm, dropout=dropout, resample_filter=resample_filter)
+        block = dict(emb_width=emb_width, adm=adm, dropout=dropout, resample_filter=resample_filter)
+        levels = [(img_resolution >> level, model_channels * mult)      # resolution, width
+                  for level, mult in enumerate(channel_mult)]
 
         # Embedding of noise level, class and augmentation.
         self.map_noise = NoiseEmbedding(noise_width, embedding_type, adm)
@@ -171,50 +175,55 @@ class UNet(nn.Module):
         if label_dim:
             self.map_label = Linear(label_dim, emb_width if adm else noise_width, bias=not adm)
 
-        # Encoder: every output is a skip for the decoder.
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        width, aux_width, skips = model_channels * (channel_mult[0] if adm else 1), img_channels, []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
+        first = model_channels * (channel_mult[0] if adm else 1)
+        skips = self.add_encoder(img_channels, first, levels, num_blocks, attn_resolutions,
+                                 encoder_type == "residual", block)
+        self.encoder_channels, self.encoder_resolution = skips[-1], levels[-1][0]
+        self.add_decoder(img_channels, skips, levels, num_blocks, attn_resolutions, block)
+        self.initialise()
+
+    def add_encoder(self, img_channels, width, levels, num_blocks, attn_resolutions, residual,
+                    block):
+        """The widths of its outputs, every one of which is a skip for the decoder."""
+        aux_width, skips = img_channels, []
+        for level, (res, out) in enumerate(levels):
             if level == 0:
                 self.enc[f"{res}x{res}_conv"] = Conv2d(img_channels, width, 3)
             else:
-                self.enc[f"{res}x{res}_down"] = UNetBlock(
-                    width, width, emb_width, down=True, **block)
-                if encoder_type == "residual":
+                self.enc[f"{res}x{res}_down"] = UNetBlock(width, width, down=True, **block)
+                if residual:
                     self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
-                        aux_width, width, 3, down=True, resample_filter=resample_filter, fused=True)
+                        aux_width, width, 3, down=True, fused=True,
+                        resample_filter=block["resample_filter"])
                     aux_width = width
             skips.append(width)
             for i in range(num_blocks):
                 self.enc[f"{res}x{res}_block{i}"] = UNetBlock(
-                    width, model_channels * mult, emb_width,
-                    attention=res in attn_resolutions, **block)
-                width = model_channels * mult
+                    width, out, attention=res in attn_resolutions, **block)
+                width = out
                 skips.append(width)
-        self.encoder_channels, self.encoder_resolution = width, res
+        return skips
 
-        # Decoder: num_blocks + 1 blocks at each level, each taking one skip.
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = UNetBlock(
-                    width, width, emb_width, attention=True, **block)
-                self.dec[f"{res}x{res}_in1"] = UNetBlock(width, width, emb_width, **block)
+    def add_decoder(self, img_channels, skips, levels, num_blocks, attn_resolutions, block):
+        """num_blocks + 1 blocks at each level, each taking one skip; then the output layers."""
+        skips, width = list(skips), skips[-1]
+        for level, (res, out) in reversed(list(enumerate(levels))):
+            if level == len(levels) - 1:
+                self.dec[f"{res}x{res}_in0"] = UNetBlock(width, width, attention=True, **block)
+                self.dec[f"{res}x{res}_in1"] = UNetBlock(width, width, **block)
             else:
-                self.dec[f"{res}x{res}_up"] = UNetBlock(width, width, emb_width, up=True, **block)
+                self.dec[f"{res}x{res}_up"] = UNetBlock(width, width, up=True, **block)
             for i in range(num_blocks + 1):
-                attention = res in attn_resolutions and (adm or i == num_blocks)
+                attention = res in attn_resolutions and (self.adm or i == num_blocks)
                 self.dec[f"{res}x{res}_block{i}"] = UNetBlock(
-                    width + skips.pop(), model_channels * mult, emb_width, attention=attention,
-                    **block)
-                width = model_channels * mult
-        norm, conv = group_norm(width, 1e-5 if adm else 1e-6), Conv2d(width, img_channels, 3)
-        if adm:
+                    width + skips.pop(), out, attention=attention, **block)
+                width = out
+        norm, conv = group_norm(width, 1e-5 if self.adm else 1e-6), Conv2d(width, img_channels, 3)
+        if self.adm:
             self.out_norm, self.out_conv = norm, conv
         else:
             self.dec[f"{res}x{res}_aux_norm"], self.dec[f"{res}x{res}_aux_conv"] = norm, conv
-        self.initialise()
 
     @torch.no_grad()
     def initialise(self):

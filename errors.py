@@ -21,8 +21,9 @@ def run(main):
     try:
         sys.exit(main())
     except (UserError, RunFailed) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RunFailed):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")                  # it may be only this process's
+        who = "error" if rank == "0" else f"error in process {rank}"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

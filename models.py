@@ -210,7 +210,8 @@ class AdaptedWithHead(nn.Module):
     def forward(self, x_t, sigma, y, output="denoised"):
         if output == "denoised":
             return self.network(x_t, sigma, y)
-        return self.head(self.network(x_t, sigma, y, output="encoder"))     # output == "logits"
+        # "logits", in fp32 even under autocast
+        return self.head(self.network(x_t, sigma, y, output="encoder")).float()
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ import checkpoint
 import distributed
 from errors import UserError
 from models import sample_seeds, to_uint8
-from presets import TEACHERS
-from pretrained import PUBLISHED, fetch, load_network
+from presets import TEACHERS, UNCONDITIONAL
+from pretrained import PUBLISHED_NETWORKS, fetch, load_network
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
@@ -52,7 +52,7 @@ def shown(path):
 
 def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None):
     """A checkpoint of ours, a published name, an EDM or SiD pickle, or a DMD2 state dict."""
-    payload, published = read_ours(source), str(source) in PUBLISHED
+    payload, published = read_ours(source), str(source) in PUBLISHED_NETWORKS
     if payload:
         if sigmas:
             raise UserError(f"--sigmas: {source} has its own, {payload['sigmas']}; leave out the "
@@ -98,9 +98,12 @@ def from_rank_zero(load):
     return network
 
 
-def default_teacher(dataset):
+def default_teacher(dataset, label_dim=None):
+    """The published teacher; of a student without classes (label_dim 0), the one without."""
     if dataset not in TEACHERS:
         raise UserError(f"no teacher is known for dataset {dataset}: name one with --teacher FILE")
+    if dataset == "cifar10" and label_dim == 0:
+        return UNCONDITIONAL
     return ASSETS / Path(TEACHERS[dataset]).name if dataset == "digits" else TEACHERS[dataset]
 
 
@@ -143,7 +146,7 @@ def open_teacher(args, student=None):
         if not student.dataset:
             raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
                             "FILE")
-        source = default_teacher(student.dataset)
+        source = default_teacher(student.dataset, student.network.label_dim)
     source = source or args.checkpoint or default_teacher(args.dataset or "digits")
     opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
     if opened.sigmas:

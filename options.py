@@ -37,9 +37,10 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     parser = Parser(
-        prog="train.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="train.py",
         description="Distil a diffusion model into a few-step student. Without --stage, PMDD runs "
-                    "its stages 1, 2, 3 in order. The same command resumes a run.")
+                    "its stages 1, 2, 3 in order. The same command resumes a run. --dry-run shows "
+                    "a preset's values.")
     preset = parser.add_argument_group("what is computed (default: the preset's value)")
     for f in dataclasses.fields(Config):
         flag, kwargs = "--" + f.name.replace("_", "-"), dict(f.metadata, default=argparse.SUPPRESS)
@@ -82,6 +83,8 @@ def parse(argv=None):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if hasattr(args, f.name)}
     stages = [given["stage"]] if "stage" in given else [1, 2, 3] if args.method == "pmdd" else [1]
+    if "start_from" in given and (len(stages) > 1 or stages == [0]):
+        raise UserError("--start-from is for one stage of a student: give --stage 1, 2 or 3")
     rows = []
     for stage in stages:
         try:
@@ -131,8 +134,10 @@ def check(config):
     if config.stage:
         require(config.loss != "none" or config.gan_weight or config.regression_weight, "loss",
                 "dm or sid, unless there is a GAN or regression term")
-        require(not config.unforget_weight or config.trained_step == "last", "unforget_weight",
-                "0 with --trained-step random: there is no previous student")
+        previous = config.trained_step == "last" and (config.method == "pmdd" or config.start_from)
+        require(not config.unforget_weight or previous, "unforget_weight",
+                "0 where there is no previous student (--trained-step random, or --stage 2 and 3 "
+                "of a method that trains its steps together)")
         require(not config.regression_weight or config.regression_pairs >= 1, "regression_pairs",
                 "at least 1 with --regression-weight")
 

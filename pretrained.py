@@ -15,9 +15,11 @@ from edm_networks import EDMPrecond
 from errors import UserError
 from pickle_reader import Record, UnsafePickle, read_pickle
 
-__all__ = ["PUBLISHED", "PublishedFile", "UnsafePickle", "cache_folder", "config_from_state_dict",
-           "fetch", "generator_state", "load_network", "network_from_pickle", "read_pickle"]
+__all__ = ["PUBLISHED", "PUBLISHED_NETWORKS", "PublishedFile", "UnsafePickle", "cache_folder",
+           "config_from_state_dict", "fetch", "generator_state", "load_network",
+           "network_from_pickle", "read_pickle"]
 
+PUBLISHED_NETWORKS = tuple(n for n, entry in PUBLISHED.items() if entry.name.endswith(".pkl"))
 INIT_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max",
              "sigma_data", "model_type")  # EDMPrecond's arguments in their published order
 PERSISTENT = "torch_utils.persistence _reconstruct_persistent_obj"
@@ -26,14 +28,13 @@ MODULE_DICT = "torch.nn.modules.container ModuleDict"
 
 def load_network(source, cache=None, device="cpu"):
     """EDMPrecond in eval mode from a published name, a .pkl, or a .pt, .pth or .bin state dict."""
-    if str(source) in PUBLISHED:
+    if str(source) in PUBLISHED_NETWORKS:
         path, digest = download.fetch_with_digest(str(source), cache)
     else:
         path, digest = Path(source), None
         if not path.is_file():
-            teachers = [name for name, entry in PUBLISHED.items() if entry.name.endswith(".pkl")]
             raise UserError(f"no file {path}, and no published network of that name; "
-                            f"known: {', '.join(teachers)}")
+                            f"known: {', '.join(PUBLISHED_NETWORKS)}")
     if path.suffix == ".pkl":
         config, state = _read_converted(path, digest or download.file_digest(path, "sha256"), cache)
     elif path.suffix in (".pt", ".pth", ".bin"):

@@ -40,7 +40,7 @@ def open_run(folder, config, options):
     except OSError:
         raise UserError(f"another process is training in {folder}; wait for it or choose another "
                         "--folder") from None
-    for leftover in folder.glob(".*.pt.*.tmp"):             # of a run killed while it saved
+    for leftover in folder.glob(".*.tmp"):                  # of a run killed while it saved
         leftover.unlink(missing_ok=True)
     now, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
     if path.exists() and not options.force:
@@ -152,7 +152,8 @@ def draw_curves(folder, say=print):
         for name in group:
             points = [(line["iteration"], line[name]) for line in lines if name in line]
             axis.plot(*zip(*points), label=name, marker="." if "FID" in name else None, linewidth=1)
-        axis.set_title(group[0] if len(group) == 1 else "FID by steps", fontsize=9)
+        axis.set_title(group[0] if group != fids else f"{fids[0].split('@')[0]} by steps",
+                       fontsize=9)
         axis.tick_params(labelsize=7)
         if len(group) > 1:
             axis.legend(fontsize=7)

@@ -11,7 +11,9 @@ import distributed
 from edm_networks import EDMPrecond
 from errors import UserError
 from models import AdaptedWithHead
-from pretrained import PUBLISHED, load_network
+from networks import open_network
+from presets import NETWORKS
+from pretrained import PUBLISHED_NETWORKS
 
 HERE = Path(__file__).parent
 
@@ -19,22 +21,21 @@ HERE = Path(__file__).parent
 def load_teacher(config, options):
     """A published network, a file in one of the published formats, or a stage 0 of ours."""
     source = config.teacher
-    if source in PUBLISHED:
-        # One process downloads and converts, the others then find it in the cache.
-        for turn in (distributed.rank() == 0, distributed.rank() > 0):
-            if turn:
-                network = load_network(source, options.cache)
-            distributed.barrier()
-        return network
-    path = Path(source) if Path(source).exists() else HERE / source
-    if not path.exists():
-        raise UserError(f"--teacher {source}: no such file and no published name; published: "
-                        f"{', '.join(name for name in PUBLISHED if name.startswith('edm-'))}; or "
-                        f"make one: python train.py --dataset {config.dataset} --stage 0")
-    try:
-        return checkpoint.network_from(checkpoint.load(path))
-    except checkpoint.DamagedCheckpoint:
-        return load_network(str(path), options.cache)
+    if source not in PUBLISHED_NETWORKS:
+        source = Path(source) if Path(source).exists() else HERE / source
+        if not source.is_file():
+            raise UserError(f"--teacher {config.teacher}: no such file and no published name; "
+                            f"published: {', '.join(PUBLISHED_NETWORKS)}; or make one: "
+                            f"python train.py --dataset {config.dataset} --stage 0")
+    opened = open_network(source, teacher=True, dataset=config.dataset, cache=options.cache)
+    if opened.sigmas:
+        raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")
+    made, wanted = opened.network.config, NETWORKS[config.dataset]
+    if any(made[k] != wanted[k] for k in ("img_resolution", "img_channels")):
+        raise UserError(f"--teacher {config.teacher} makes images of {made['img_resolution']} "
+                        f"pixels and {made['img_channels']} channels, {config.dataset} has "
+                        f"{wanted['img_resolution']} and {wanted['img_channels']}")
+    return opened.network
 
 
 def starting_point(config, options):
@@ -45,8 +46,9 @@ def starting_point(config, options):
     if path is None:
         return None
     if not path.is_file():
-        how = (f"python train.py --dataset {config.dataset} --stage {config.stage - 1} makes it"
-               if not config.start_from else "--start-from names it")
+        how = (f"python train.py --dataset {config.dataset} --stage {config.stage - 1} "
+               f"--folder {options.folder.parent} makes it" if not config.start_from else
+               "the run before it has to be made first, or --start-from has to name another")
         raise UserError(f"stage {config.stage} starts from {path}, which is not there; {how}")
     payload = checkpoint.load(path)
     if payload["dataset"] != config.dataset:
@@ -139,7 +141,7 @@ def bare(adapted):
     return adapted.network if isinstance(adapted, AdaptedWithHead) else adapted
 
 
-def resume(folder, roles, optimizers):
+def resume(config, folder, roles, optimizers):
     """Load latest.pt into the roles: the iteration to go on from, and the best FID so far."""
     say = print if distributed.rank() == 0 else lambda text: None
     saved = checkpoint.load_latest(folder, say=say)         # on the CPU: no second copy on a GPU
@@ -156,5 +158,7 @@ def resume(folder, roles, optimizers):
         roles.adapted.head.load_state_dict(saved["head"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:            # a flag may have changed them
+            group.update(betas=config.betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")
     return saved["iteration"], saved["best_fid"]

@@ -11,6 +11,7 @@ from models import sample_every_step, sample_heun
 from networks import in_parallel, sample_block, seed_blocks
 from pretrained import fetch
 
+HEUN_STEPS = 18                 # of a teacher in training: 35 evaluations
 DIGITS_REFERENCE = Path(__file__).parent / "assets" / "digits-reference.npz"
 
 
@@ -38,7 +39,7 @@ class Scorer:
             distributed.barrier()
 
     @torch.no_grad()
-    def score(self, network, sigmas, heun_steps=18):
+    def score(self, network, sigmas):
         """A student at 1..n steps from one roll-out; without sigmas a teacher (key "heun")."""
         if sigmas:
             keys = [str(n + 1) for n in range(len(sigmas))]
@@ -47,7 +48,7 @@ class Scorer:
             keys = ["heun"]
 
             def sampler(*inputs):
-                return [sample_heun(*inputs, steps=heun_steps)]
+                return [sample_heun(*inputs, steps=HEUN_STEPS)]
 
         def task(seeds):
             images, classes = sample_block(network, seeds, sampler, "random", self.device)
@@ -60,7 +61,7 @@ class Scorer:
         for outputs, classes in in_parallel(task, mine, self.device):
             for k, (features, logits) in enumerate(outputs):
                 statistics[k].add(features)
-                if self.metric == "digits-FID":
+                if self.metric == "digits-FID" and classes is not None:
                     right[k] += (logits.argmax(1) == classes).sum()
         return {key: self.figures(statistics[k], right[k]) for k, key in enumerate(keys)}
 

@@ -38,7 +38,7 @@ def distill(config, options, device):
     teacher, previous, student, adapted, ema = (
         roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema)
     student_opt, adapted_opt = adamw(student, config), adamw(adapted, config)
-    start, best_fid = resume(options.folder, roles, [student_opt, adapted_opt])
+    start, best_fid = resume(config, options.folder, roles, [student_opt, adapted_opt])
     student_ddp, adapted_ddp = distributed.parallel(student), distributed.parallel(adapted)
 
     # What this method adds up; each is a choice of the preset, made once.
@@ -48,10 +48,10 @@ def distill(config, options, device):
     source = previous if previous is not None and config.external_sampling else student
     discriminator = partial(adapted, output="logits")
     discriminator_ddp = partial(adapted_ddp, output="logits")
-    real, pairs, distance = real_images(config, options, teacher, device)
     autocast = partial(torch.autocast, device.type, torch.bfloat16,
                        enabled=options.precision == "bf16")
-    scorer = Scorer(config, options, device)
+    scorer = Scorer(config, options, device)            # before the long work: it may lack a file
+    real, pairs, distance = real_images(config, options, teacher, device)
     log = Log(config, options, start, best_fid)
 
     for step in range(start, config.iterations):
@@ -138,9 +138,9 @@ def update(optimizer, losses, gradient_name, clip, step):
     figures = dict(zip(names, torch.stack(values).tolist()))    # the one wait for the device
     for name, value in figures.items():
         if not math.isfinite(value):
-            raise RunFailed(f"iteration {step}: {name} is {value}; no weight was moved, the last "
-                            "checkpoint is good; resume it with --force and a lower "
-                            "--learning-rate")
+            raise RunFailed(f"iteration {step}: {name} is {value}; this update was not made and "
+                            "nothing saved, the last checkpoint is good; go on from it with "
+                            "--force and a lower --learning-rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return figures
@@ -221,9 +221,9 @@ def real_images(config, options, teacher, device):
         real = data.open_images(options.data, options.cache)
         data.check_fits(real, teacher)
     if config.regression_weight:
+        distance = perceptual_distance(config, options, device)
         pairs = data.noise_image_pairs(teacher, config.regression_pairs, config.regression_steps,
                                        options.folder, options.batch_per_gpu, device)
-        distance = perceptual_distance(config, options, device)
     return real, pairs, distance
 
 
@@ -242,7 +242,7 @@ def train_teacher(config, options, device, network_config):
     roles = new_teacher(config, options, network_config, device)
     data.check_fits(images, roles.student)
     optimizer = adamw(roles.student, config)
-    start, best_fid = resume(options.folder, roles, [optimizer])
+    start, best_fid = resume(config, options.folder, roles, [optimizer])
     network = distributed.parallel(roles.student)
     scorer, log = Scorer(config, options, device), Log(config, options, start, best_fid)
     for step in range(start, config.iterations):

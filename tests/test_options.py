@@ -389,9 +389,10 @@ def test_a_program_leaves_with_one_line_and_the_code_that_it_promises(capsys, ra
     assert left.value.code == code and capsys.readouterr().err == said
 
 
-def test_of_several_processes_one_names_the_users_mistake(capsys, monkeypatch):
+def test_of_several_processes_each_says_which_it_is(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    for raised, said in ((UserError("flag"), ""), (RunFailed("dead"), "error: dead\n")):
+    for raised, said in ((UserError("flag"), "error in process 1: flag\n"),
+                         (RunFailed("dead"), "error in process 1: dead\n")):
         with pytest.raises(SystemExit):
             run(lambda raised=raised: (_ for _ in ()).throw(raised))
         assert capsys.readouterr().err == said
@@ -561,5 +562,11 @@ def test_the_seconds_left_follow_from_the_pace_and_leave_out_the_pauses(monkeypa
 
 
 def test_a_step_drawn_at_random_has_nothing_to_unforget():
-    with pytest.raises(UserError, match="--unforget-weight is 1.0; allowed: 0 with --trained-step"):
+    with pytest.raises(UserError, match="--unforget-weight is 1.0; allowed: 0 where there is no"):
         parse("--stage", 2, "--trained-step", "random", "--unforget-weight", 1)
+
+
+def test_a_starting_checkpoint_is_for_one_stage():
+    for stages in ([], ["--stage", 0]):
+        with pytest.raises(UserError, match="--start-from is for one stage"):
+            parse("--start-from", "best.pt", *stages)
