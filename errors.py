@@ -4,6 +4,7 @@ Exit codes of every script: 0 done; 1 the run failed; 2 the user's mistake; 3 st
 after saving, the same command goes on; 130 interrupted before there was anything to save.
 """
 
+import argparse
 import os
 import sys
 
@@ -14,6 +15,13 @@ class UserError(ValueError):
 
 class RunFailed(RuntimeError):
     """The run cannot go on (divergence, a dead rank, a full disk): exit code 1."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag ends with one line, as every other mistake does."""
+
+    def error(self, message):
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
 def run(main):

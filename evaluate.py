@@ -56,6 +56,8 @@ def parse(argv=None):
     against.add_argument("--reference", metavar="NPZ",
                          help="mu and sigma of the real images (default: the dataset's published "
                               "ones); python fid.py makes one")
+    against.add_argument("--inception", metavar="FILE",
+                         help="the 2015-12-05 Inception weights (default: downloaded)")
     against.add_argument("--precision-recall", action="store_true",
                          help=f"also k = {NEIGHBOURS} precision and recall, of the first "
                               f"{MANIFOLD:,} images and at most {MANIFOLD:,} real ones, which "

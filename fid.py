@@ -7,7 +7,6 @@ of images. Two figures compare only where network, resize, rounding and sums are
 are EDM's: the 2015-12-05 weights, TensorFlow 1's resize, float64 sums.
 """
 
-import argparse
 import zipfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from checkpoint import write_atomically
 from digits_network import load_digits_network
-from errors import UserError, run
+from errors import Parser, UserError, run
 from inception import Inception, load_inception  # noqa: F401 - Inception for those who import it
 
 
@@ -233,12 +232,13 @@ def squared_distances(a, b):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make reference statistics of a set of images.")
+    parser = Parser(prog="fid.py", description="Make reference statistics of a set of images.")
     parser.add_argument("--data", required=True, help="digits, a CIFAR-10 archive, folder or zip")
     parser.add_argument("--out", required=True, help="the npz to write: mu and sigma")
     parser.add_argument("--batch", type=int, default=64, help="images read at a time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cache", help="folder of downloaded weights")
+    parser.add_argument("--inception", help="file with the Inception weights (default: downloaded)")
     parser.add_argument("--force", action="store_true", help="replace --out if it exists")
     args = parser.parse_args()
     if Path(args.out).exists() and not args.force:
@@ -252,7 +252,8 @@ def main():
 
     from data import open_images  # training imports this file and needs no real images
     images = open_images(args.data, args.cache)
-    network = feature_network(args.data, args.cache, args.device)
+    kind = "digits" if tuple(images.shape) == (1, 8, 8) else args.data
+    network = feature_network(kind, args.cache, args.device, args.inception)
     batches = (batch for batch, _ in images.batches(args.batch))
     steps = -(-len(images) // args.batch)
     statistics = reference_statistics(network, tqdm(batches, "features", steps, unit="batch"))

@@ -35,7 +35,8 @@ class Judge:
         if not Path(self.path).is_file():
             raise UserError(f"no reference at {self.path}")
         self.network = from_rank_zero(
-            lambda: feature_network("digits" if self.digits else dataset, args.cache, device))
+            lambda: feature_network("digits" if self.digits else dataset, args.cache, device,
+                                    args.inception))
         self.reference = read_reference(self.path, self.network.dimensions)
         self.metric = "digits-FID" if self.digits else "FID"
         self.real = self.real_features(args, job, dataset) if args.precision_recall else None

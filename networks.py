@@ -13,6 +13,7 @@ from torch import nn
 
 import checkpoint
 import distributed
+import errors
 from errors import UserError
 from models import sample_seeds, to_uint8
 from presets import TEACHERS, UNCONDITIONAL
@@ -243,14 +244,11 @@ def gathered(task, blocks, device):
 
 # ---- Flags that sample.py and evaluate.py share ----
 
-class Parser(argparse.ArgumentParser):
-    """A wrong flag ends with one line, as every other mistake does."""
+class Parser(errors.Parser):
+    """The flags that both scripts have."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message}; {self.prog} --help lists the flags")
 
     def add_shared(self):
         what = self.add_argument_group("which network")

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import UserError
+from errors import Parser, UserError
 from presets import Config, find
 
 
@@ -26,13 +26,6 @@ class Options:
     force: bool
     dry_run: bool
     world_size: int
-
-
-class Parser(argparse.ArgumentParser):
-    """A wrong flag ends with one line, as every other mistake does."""
-
-    def error(self, message):
-        raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
 def parser():
