@@ -43,7 +43,8 @@ def open_run(folder, config, options):
     for leftover in folder.glob(".*.tmp"):                  # of a run killed while it saved
         leftover.unlink(missing_ok=True)
     now, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
-    if path.exists() and not options.force:
+    started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()
+    if path.exists() and started and not options.force:
         before = read_json(path)
         before = before.get("config") if isinstance(before, dict) else None
         if not isinstance(before, dict):

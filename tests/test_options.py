@@ -425,6 +425,9 @@ def test_config_json_holds_the_configuration_and_what_produced_the_numbers(tmp_p
 
 def test_a_changed_preset_is_refused_by_the_names_of_its_fields_and_force_goes_on(tmp_path):
     opened(tmp_path).close()
+    opened(tmp_path, "--batch", 64).close()                     # nothing was trained: a new start
+    opened(tmp_path).close()
+    (tmp_path / "stage1" / "metrics.jsonl").write_text("")
     before = (tmp_path / "stage1" / "config.json").read_text()
     with pytest.raises(UserError) as caught:
         opened(tmp_path, "--seed", 7, "--sigmas", 70)
@@ -442,6 +445,7 @@ def test_a_config_json_that_cannot_be_read_is_named(tmp_path, content):
     opened(tmp_path).close()
     path = tmp_path / "stage1" / "config.json"
     path.write_text(content)
+    (tmp_path / "stage1" / "latest.pt").write_text("")
     with pytest.raises(UserError, match="config.json"):
         opened(tmp_path)
     opened(tmp_path, "--force").close()

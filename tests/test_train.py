@@ -397,7 +397,7 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--stage", "2"], "python train.py --dataset digits --stage 1 makes it"),
+    (["--stage", "2"], "python train.py --dataset digits --stage 1 --folder .* makes it"),
     (["--stage", "1", "--teacher", "nowhere.pt"], "no such file and no published name"),
     (["--stage", "1", "--start-from", "nowhere.pt"], "nowhere.pt, which is not there"),
     (["--stage", "1", "--batch-per-gpu", "3"], "--batch-per-gpu 3 does not divide the 8 images"),
@@ -467,3 +467,36 @@ def test_metrics_hold_the_figures_that_a_person_watches(teacher, tmp_path):
     assert config["config"]["batch"] == 8 and config["versions"]["torch"] == torch.__version__
     assert sorted(p.name for p in (tmp_path / "stage1" / "samples").iterdir()) == [
         "000004.png", "000007.png"]
+
+
+@pytest.mark.parametrize("more", [["--stage", "2", "--no-external-sampling"], ["--method", "dmd2"]])
+def test_bf16_trains_with_weights_and_losses_in_fp32(teacher, tmp_path, more):
+    if "2" in more:
+        train.main(flags(teacher, tmp_path, "--stage", "1", iterations=1))
+    train.main(flags(teacher, tmp_path, *more, "--precision", "bf16", iterations=4))
+    stage = 2 if "2" in more else 1
+    assert {v.dtype for k, v in state(tmp_path, stage).items()} == {torch.float32}
+    lines = records.read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
+    assert all(value == value for line in lines for value in line.values())
+
+
+def test_a_teacher_of_another_size_or_a_student_is_refused_as_teacher(teacher, tmp_path):
+    small = EDMPrecond(**NETWORK | {"img_resolution": 16})
+    payload = checkpoint.load(teacher)
+    checkpoint.save(tmp_path / "large.pt", payload | {"network": small.config,
+                                                      "ema": small.state_dict()})
+    checkpoint.save(tmp_path / "student.pt", payload | {"sigmas": [80.0]})
+    checkpoint.save(tmp_path / "other.pt", payload | {"dataset": "cifar10"})
+    for name, message in (("large", "makes images of 16"), ("student", "is a student of 1 steps"),
+                          ("other", "is of cifar10")):
+        with pytest.raises(UserError, match=message):
+            train.main(flags(tmp_path / f"{name}.pt", tmp_path / "run", "--stage", "1"))
+
+
+@pytest.mark.parametrize("argv", [["--stage", "0"], ["--dataset", "cifar10", "--method", "dmd2"],
+                                  ["--dataset", "imagenet64", "--stage", "3"],
+                                  ["--dataset", "cifar10", "--method", "dmd"]])
+def test_every_kind_of_run_has_a_plan(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main([*argv, "--dry-run", "--batch-per-gpu", "1"])
+    assert "memory, all of one process" in capsys.readouterr().out and not any(tmp_path.iterdir())
