@@ -22,12 +22,17 @@ test: .venv/dev
 lint: .venv/dev
 	.venv/bin/ruff check .
 
-# The embedded networks, as they were recorded: one thread, seed 0. About 25 minutes.
+# The embedded networks and the README's figures of them, as they were recorded: one thread, seed 0.
 assets: .venv/run
 	OMP_NUM_THREADS=1 .venv/bin/python train.py --folder $(EMBEDDED) --stage 0
 	.venv/bin/python checkpoint.py $(EMBEDDED)/stage0/best.pt assets/digits-teacher.pt
 	OMP_NUM_THREADS=1 .venv/bin/python train.py --folder $(EMBEDDED)
 	.venv/bin/python checkpoint.py $(EMBEDDED)/stage3/best.pt assets/digits-student.pt
+	.venv/bin/python evaluate.py --dataset digits --runs none --steps 1 2 3 --heun 18 --repeats 3 \
+		--out results/embedded/evaluation.json
+	.venv/bin/python evaluate.py --dataset digits --heun 9 5 --out results/embedded/evaluation.json
+	.venv/bin/python sample.py --runs none --compare --force --out results/compare.png
+	.venv/bin/python readme.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
