@@ -22,6 +22,10 @@ def headline():
     return table(records_under([HERE / "results" / "embedded"]))
 
 
+def unforget():
+    return table(records_under([HERE / "results" / "unforget"]))
+
+
 def presets():
     rows = []
     for (dataset, method, stage, variant), p in PRESETS.items():
@@ -80,7 +84,8 @@ def speed():
                         for what, figure, script in rows)])
 
 
-TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed}
+TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed,
+          "unforget": unforget}
 
 
 def filled(text):
