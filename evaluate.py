@@ -74,7 +74,8 @@ def parse(argv=None):
 def check(args):
     for name in ("steps", "heun", "n", "repeats"):
         least = 2 if name == "n" else 1
-        for value in np.atleast_1d(getattr(args, name) or []):
+        given = getattr(args, name)
+        for value in [] if given is None else np.atleast_1d(given):
             if value < least:
                 raise UserError(f"--{name} {value}: must be at least {least}")
     if args.images and (args.steps or args.heun or args.checkpoint or args.teacher
