@@ -161,7 +161,8 @@ def decode(path, name, read_bytes):
                 grey = image.mode in ("1", "L", "LA")
                 pixels = np.array(image.convert("L" if grey else "RGB"))
     except Exception as error:              # Pillow, zipfile and zlib raise many types
-        raise UserError(f"{path}: cannot read {name} as an image: {error}") from error
+        reason = str(error).partition(" <_io.BytesIO")[0]           # no addresses of ours
+        raise UserError(f"{path}: cannot read {name} as an image: {reason}") from error
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
