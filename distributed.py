@@ -75,10 +75,9 @@ def any_rank(flag, device):
     return votes.item() > 0
 
 
-def mean_over_ranks(values, device):
-    """The mean of a list of floats over the ranks."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return (total / dist.get_world_size()).tolist()
+def mean_over_ranks(values):
+    """The mean of a tensor over the ranks, as a list of floats."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values.tolist()

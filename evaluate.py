@@ -24,10 +24,10 @@ from checkpoint import file_digest
 from data import open_images
 from errors import UserError, run
 from evaluation_records import read_records, record, records_under, table
-from figures import MANIFOLD, NEIGHBOURS, Judge, Tally, progress
+from figures import MANIFOLD, NEIGHBOURS, Judge, progress
 from image_files import open_npz
 from models import first_sigmas, sample_every_step, sample_heun
-from networks import (ASSETS, Parser, in_parallel, open_student, open_teacher, prepare,
+from networks import (ASSETS, Parser, from_rank_zero, open_student, open_teacher, prepare,
                       sample_block, say, seed_blocks, shown)
 from records import versions
 
@@ -188,22 +188,29 @@ def steps_text(n):
 
 # ---- Scoring ----
 
+def make_judge(job, args, device):
+    dataset = "digits" if tuple(job.shape) == (1, 8, 8) else args.dataset or job.dataset
+    judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
+                  cache=args.cache)
+    if args.precision_recall:
+        source = args.data or (dataset if dataset in ("digits", "cifar10") else None)
+        if not source:
+            raise UserError("--precision-recall needs real images: give --data")
+        images = from_rank_zero(lambda: open_images(source, args.cache))
+        if tuple(images.shape) != tuple(job.shape):
+            raise UserError(f"--data {source} has images of shape {list(images.shape)}, those "
+                            f"evaluated are {list(job.shape)}")
+        judge.compare_with(images, source)
+    return judge
+
+
 def evaluate(job, judge, repeat, repeats):
     """The figures of each of the job's image lists, for one block of seeds."""
-    def task(block):
-        images, classes = job.task(block)
-        return block, [judge.network(x.to(judge.device)) for x in images], classes
-
     first = repeat * job.n
-    tallies = [Tally(judge, job.n) for _ in job.what]
-    mine = job.blocks(range(first, first + job.n))[distributed.rank()::distributed.world_size()]
     text = job.what[-1][0] + (f", block {repeat + 1} of {repeats}" if repeats > 1 else "")
-    with progress(None, sum(map(len, mine)), text) as bar:
-        for block, outputs, classes in in_parallel(task, mine, judge.device):
-            for tally, (features, logits) in zip(tallies, outputs):
-                tally.add(block[0] - first, features, logits, classes)
-            bar.update(len(block))
-    return [tally.figures() for tally in tallies]
+    with progress(None, job.n, text) as bar:
+        return judge.figures(job.task, job.blocks(range(first, first + job.n)), len(job.what),
+                             job.n, bar)
 
 
 def summary(values):
@@ -248,7 +255,7 @@ def main():
     jobs = open_jobs(args, device)
     if len({tuple(job.shape) for job in jobs}) > 1:
         raise UserError("student and teacher make images of different shapes")
-    path, judge, done = out_path(args, jobs[0]), Judge(jobs[0], args, device), []
+    path, judge, done = out_path(args, jobs[0]), make_judge(jobs[0], args, device), []
     for job in jobs:
         new = entries(job, judge, args, device)
         done += new

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import file_digest
-from data import open_images
 from errors import UserError
 from fid import (FeatureStatistics, InceptionScore, all_reduce, feature_network, frechet_distance,
                  precision_recall, read_reference)
@@ -25,30 +24,20 @@ NEIGHBOURS = 3
 class Judge:
     """Feature network, reference statistics and real features: what all images are held against."""
 
-    def __init__(self, job, args, device):
-        self.device, self.digits = device, tuple(job.shape) == (1, 8, 8)
-        dataset = "digits" if self.digits else args.dataset or job.dataset
-        if not (args.reference or self.digits or dataset in REFERENCES):
+    def __init__(self, dataset, device, *, reference=None, inception=None, cache=None):
+        self.device, self.digits, self.real = device, dataset == "digits", None
+        self.metric = "digits-FID" if self.digits else "FID"
+        if not (reference or self.digits or dataset in REFERENCES):
             raise UserError("no reference is known for these images: give --dataset or --reference")
-        path = args.reference or (ASSETS / "digits-reference.npz" if self.digits else None)
-        self.path = path or from_rank_zero(lambda: fetch(REFERENCES[dataset], args.cache))
+        path = reference or (ASSETS / "digits-reference.npz" if self.digits else None)
+        self.path = path or from_rank_zero(lambda: fetch(REFERENCES[dataset], cache))
         if not Path(self.path).is_file():
             raise UserError(f"no reference at {self.path}")
-        self.network = from_rank_zero(
-            lambda: feature_network("digits" if self.digits else dataset, args.cache, device,
-                                    args.inception))
+        self.network = from_rank_zero(lambda: feature_network(dataset, cache, device, inception))
         self.reference = read_reference(self.path, self.network.dimensions)
-        self.metric = "digits-FID" if self.digits else "FID"
-        self.real = self.real_features(args, job, dataset) if args.precision_recall else None
 
-    def real_features(self, args, job, dataset):
-        source = args.data or (dataset if dataset in ("digits", "cifar10") else None)
-        if not source:
-            raise UserError("--precision-recall needs real images: give --data")
-        images = from_rank_zero(lambda: open_images(source, args.cache))
-        if tuple(images.shape) != tuple(job.shape):
-            raise UserError(f"--data {source} has images of shape {list(images.shape)}, those "
-                            f"evaluated are {list(job.shape)}")
+    def compare_with(self, images, source):
+        """Also precision and recall, against these real images."""
         self.real_source = f"{min(len(images), MANIFOLD)} of {len(images)} in {source}"
         chosen = np.linspace(0, len(images) - 1, min(len(images), MANIFOLD)).round().astype(int)
         blocks = [chosen[k:k + 64] for k in range(0, len(chosen), 64)]
@@ -57,7 +46,25 @@ class Judge:
             return self.network(images.take(block)[0].to(self.device))[0]
 
         parts = in_parallel(task, blocks, self.device)
-        return torch.cat(list(progress(parts, len(blocks), "real features", "block")))
+        self.real = torch.cat(list(progress(parts, len(blocks), "real features", "block")))
+
+    def figures(self, task, blocks, lists, n, bar=None):
+        """Of each image list that task(block) makes; the ranks share the blocks.
+
+        task(block) -> (lists of images, classes or None); block holds seeds or indices in a row.
+        """
+        def features(block):
+            images, classes = task(block)
+            return block, [self.network(x.to(self.device)) for x in images], classes
+
+        tallies = [Tally(self, n) for _ in range(lists)]
+        mine = blocks[distributed.rank()::distributed.world_size()]
+        for block, outputs, classes in in_parallel(features, mine, self.device):
+            for tally, output in zip(tallies, outputs):
+                tally.add(block[0] - blocks[0][0], *output, classes)
+            if bar is not None:
+                bar.update(len(block) * distributed.world_size())
+        return [tally.figures() for tally in tallies]
 
     def protocol(self):
         about = {"reference": {"file": shown(self.path), "sha256": file_digest(self.path)},

@@ -200,18 +200,18 @@ class Clock:
 class Log:
     """Progress bar, metrics.jsonl, sample grids, checkpoints: when they are due, and doing it."""
 
-    def __init__(self, config, options, start, best_fid):
+    def __init__(self, config, options, device, start, best_fid, stop):
         self.config, self.folder, self.best_fid = config, options.folder, best_fid
+        self.device, self.stop, self.untold = device, stop, []
         self.every = LOG_EVERY * (config.ttur if config.stage else 4)
         self.first = distributed.rank() == 0
         self.metrics = Metrics(self.folder, start) if self.first else None
-        self.stop, self.clock, self.last = StopSignal(), Clock(config.batch), start
+        self.clock, self.last = Clock(config.batch), start
         self.bar = tqdm(total=config.iterations, initial=start, desc=f"stage {config.stage}",
                         unit="it", disable=not self.first, dynamic_ncols=True)
 
     def due(self, step):
-        self.bar.update(step + 1 - self.bar.n if self.first else 0)
-        return self.first and (step % self.every == 0 or step + 1 == self.config.iterations)
+        return step % self.every == 0 or step + 1 == self.config.iterations
 
     def score_due(self, step):
         every = self.config.evaluate_every
@@ -221,11 +221,38 @@ class Log:
         return (self.score_due(step) or (step + 1) % self.config.save_every == 0
                 or step + 1 == self.config.iterations)
 
-    def stopping(self, device):
-        return distributed.any_rank(bool(self.stop.received), device)
+    def stopping(self, step):
+        """Whether to save and leave; several processes agree on it only when they log."""
+        if distributed.world_size() > 1 and not (self.due(step) or self.save_due(step)):
+            return False
+        return distributed.any_rank(bool(self.stop.received), self.device)
+
+    def take(self, step, figures, images):
+        """Keep an iteration's figures on their device; read and write them when that is due."""
+        self.untold.append((step, figures))
+        if self.first:
+            self.bar.update(step + 1 - self.bar.n)
+        if self.due(step):
+            self.write(step, self.read(), images)
+
+    def read(self):
+        """The last figures, mean over the processes; stops the run if any since was not finite."""
+        names = [(step, name) for step, figures in self.untold for name in figures]
+        values = torch.stack([v.float() for _, figures in self.untold for v in figures.values()])
+        values = distributed.mean_over_ranks(values)            # the one wait for the device
+        for (step, name), value in zip(names, values):
+            if not math.isfinite(value):
+                raise RunFailed(f"iteration {step}: {name} is {value}; this update was not made "
+                                "and nothing saved, the last checkpoint is good; go on from it "
+                                "with --force and a lower --learning-rate")
+        last = self.untold[-1][0]
+        self.untold = []
+        return {name: value for (step, name), value in zip(names, values) if step == last}
 
     def write(self, step, figures, images):
         """Brightness and spread of the images are what DMD2's appendix C watches."""
+        if not self.first:
+            return
         figures = figures | {"image_mean": images.mean().item(),
                              "image_spread": images.std().item()}
         pace = self.clock.read(step + 1 - self.last, self.config.iterations - step - 1)
@@ -234,7 +261,9 @@ class Log:
         self.bar.set_postfix(loss=f"{figures.get('distill', figures['denoising']):.3g}",
                              brightness=f"{figures['image_mean']:.3f}", best=f"{self.best_fid:.4g}")
 
-    def save(self, roles, optimizers, done, scores, device):
+    def save(self, roles, optimizers, done, scores):
+        if self.untold:
+            self.read()                                 # nothing that is not finite is saved
         self.clock.pause()
         own = str(self.config.stage) if self.config.stage else "heun"
         fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
@@ -253,7 +282,7 @@ class Log:
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
                 save_samples(roles.ema, self.config.sigmas,
-                                     self.folder / "samples" / f"{done:06d}.png", device)
+                                     self.folder / "samples" / f"{done:06d}.png", self.device)
         distributed.barrier()
         self.clock.go_on()
 

@@ -19,7 +19,10 @@ HERE = Path(__file__).parent
 
 
 def load_teacher(config, options):
-    """A published network, a file in one of the published formats, or a stage 0 of ours."""
+    """A published network, a file in one of the published formats, or a stage 0 of ours.
+
+    With it the digest of its file.
+    """
     source = config.teacher
     if source not in PUBLISHED_NETWORKS:
         source = Path(source) if Path(source).exists() else HERE / source
@@ -35,16 +38,16 @@ def load_teacher(config, options):
         raise UserError(f"--teacher {config.teacher} makes images of {made['img_resolution']} "
                         f"pixels and {made['img_channels']} channels, {config.dataset} has "
                         f"{wanted['img_resolution']} and {wanted['img_channels']}")
-    return opened.network
+    return opened.network, checkpoint.file_digest(opened.path)
 
 
 def starting_point(config, options):
-    """The checkpoint that a later stage starts from, or None for the teacher."""
+    """The checkpoint that a later stage starts from, and its digest; None for the teacher."""
     path = Path(config.start_from) if config.start_from else None
     if path is None and config.method == "pmdd" and config.stage > 1:
         path = options.folder.parent / f"stage{config.stage - 1}" / "best.pt"
     if path is None:
-        return None
+        return None, None
     if not path.is_file():
         how = (f"python train.py --dataset {config.dataset} --stage {config.stage - 1} "
                f"--folder {options.folder.parent} makes it" if not config.start_from else
@@ -60,14 +63,14 @@ def starting_point(config, options):
     if "adapted" not in payload:
         raise UserError(f"{path} holds a student but no adapted network; start from a best.pt of "
                         "a run")
-    return payload
+    return payload, checkpoint.file_digest(path)
 
 
 def load_roles(config, options, device):
     """Every network once: the teacher and the previous student frozen, the average a copy."""
     torch.manual_seed(config.seed)                       # the GAN head's first weights
-    teacher = load_teacher(config, options)
-    begin = starting_point(config, options)
+    teacher, teacher_digest = load_teacher(config, options)
+    begin, begin_digest = starting_point(config, options)
     network = teacher
     if begin:
         if begin["network"] != teacher.config:
@@ -97,7 +100,7 @@ def load_roles(config, options, device):
             if options.compile:
                 role.compile()
     return SimpleNamespace(teacher=teacher, previous=previous, student=student, adapted=adapted,
-                           ema=ema)
+                           ema=ema, made_from={"teacher": teacher_digest, "start": begin_digest})
 
 
 def make_trainable(network):
@@ -117,7 +120,8 @@ def new_teacher(config, options, network_config, device):
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     if options.compile:
         student.compile()
-    return SimpleNamespace(teacher=None, previous=None, student=student, adapted=None, ema=ema)
+    return SimpleNamespace(teacher=None, previous=None, student=student, adapted=None, ema=ema,
+                           made_from={})
 
 
 def payload(config, roles, optimizers, iteration, best_fid, scores):
@@ -125,7 +129,8 @@ def payload(config, roles, optimizers, iteration, best_fid, scores):
     with_head = isinstance(roles.adapted, AdaptedWithHead)
     whole = {"dataset": config.dataset, "method": config.method, "stage": config.stage,
              "sigmas": list(config.sigmas), "network": roles.student.config, "iteration": iteration,
-             "fid": scores, "best_fid": best_fid, "ema": roles.ema.state_dict()}
+             "fid": scores, "best_fid": best_fid, "made_from": roles.made_from,
+             "ema": roles.ema.state_dict()}
     if roles.adapted is not None:
         whole["adapted"] = bare(roles.adapted).state_dict()
     if with_head:
@@ -141,12 +146,18 @@ def bare(adapted):
     return adapted.network if isinstance(adapted, AdaptedWithHead) else adapted
 
 
-def resume(config, folder, roles, optimizers):
-    """Load latest.pt into the roles: the iteration to go on from, and the best FID so far."""
-    say = print if distributed.rank() == 0 else lambda text: None
+def resume(config, options, roles, optimizers):
+    """Load latest.pt into the roles. Returns iterations done, best FID, whether it has no score."""
+    say, folder = print if distributed.rank() == 0 else lambda text: None, options.folder
     saved = checkpoint.load_latest(folder, say=say)         # on the CPU: no second copy on a GPU
     if saved is None:
-        return 0, float("inf")
+        return 0, float("inf"), False
+    for what, digest in saved.get("made_from", {}).items():
+        if digest != roles.made_from.get(what) and not options.force:
+            name = {"teacher": f"--teacher {config.teacher}",
+                    "start": "the checkpoint that this stage starts from"}[what]
+            raise UserError(f"{name} is another file than when {folder} was begun; put it back, "
+                            "choose another --folder, or go on all the same with --force")
     with_head = isinstance(roles.adapted, AdaptedWithHead)
     if saved["network"] != roles.student.config or with_head != ("head" in saved):
         raise UserError(f"{folder} holds a run of another architecture; choose another --folder")
@@ -161,4 +172,4 @@ def resume(config, folder, roles, optimizers):
         for group in optimizer.param_groups:            # a flag may have changed them
             group.update(betas=config.betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")
-    return saved["iteration"], saved["best_fid"]
+    return saved["iteration"], saved["best_fid"], not saved["fid"]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 
 import distributed
-from errors import RunFailed, run
+from errors import run
 from losses import (denoising_loss, dm_loss, edm_loss, gan_adapted_loss, gan_student_loss,
                     regression_loss, sid_loss, unforget_loss)
 from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sigma_grid,
@@ -27,18 +27,19 @@ from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sig
 from options import parse
 from plan import report
 from presets import NETWORKS
-from records import Log, open_run
+from records import Log, StopSignal, open_run
 from roles import load_roles, new_teacher, resume
 from scoring import Scorer
 
 
-def distill(config, options, device):
+def distill(config, options, device, stop):
     """One stage: DMD's Algorithm 1 with PMDD's inputs and unforget loss. Returns an exit code."""
     roles = load_roles(config, options, device)
     teacher, previous, student, adapted, ema = (
         roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema)
     student_opt, adapted_opt = adamw(student, config), adamw(adapted, config)
-    start, best_fid = resume(config, options.folder, roles, [student_opt, adapted_opt])
+    optimizers, broken = [student_opt, adapted_opt], torch.zeros((), device=device)
+    start, best_fid, unscored = resume(config, options, roles, optimizers)
     student_ddp, adapted_ddp = distributed.parallel(student), distributed.parallel(adapted)
 
     # What this method adds up; each is a choice of the preset, made once.
@@ -52,7 +53,9 @@ def distill(config, options, device):
                        enabled=options.precision == "bf16")
     scorer = Scorer(config, options, device)            # before the long work: it may lack a file
     real, pairs, distance = real_images(config, options, teacher, device)
-    log = Log(config, options, start, best_fid)
+    log = Log(config, options, device, start, best_fid, stop)
+    if unscored and log.score_due(start - 1):           # stopped before it could be evaluated
+        log.save(roles, optimizers, start, scorer.score(ema, config.sigmas))
 
     for step in range(start, config.iterations):
         student_turn = step % config.ttur == 0
@@ -95,7 +98,7 @@ def distill(config, options, device):
                 (sum(terms.values()) / len(parts)).backward()
                 add(losses, terms, len(parts))
         if student_turn:
-            figures = update(student_opt, losses, "student_gradient", config.clip, step)
+            figures = update(student_opt, losses, "student_gradient", config.clip, broken)
             update_ema(ema, student, config.batch, config.ema_halflife)
             adapted.requires_grad_(True)
 
@@ -111,15 +114,14 @@ def distill(config, options, device):
                         part.eps_real, part.y, part.y_real, discriminator=discriminator_ddp)
                 (sum(terms.values()) / len(parts)).backward()
                 add(losses, terms, len(parts))
-        figures |= update(adapted_opt, losses, "adapted_gradient", config.clip, step)
+        figures |= update(adapted_opt, losses, "adapted_gradient", config.clip, broken)
 
         # Log; at times evaluate, keep the best, save.
-        if log.due(step):
-            log.write(step, figures, x0)
-        stopping = log.stopping(device)
+        log.take(step, figures, x0)
+        stopping = log.stopping(step)
         if log.save_due(step) or stopping:
-            scores = scorer.score(ema, config.sigmas) if log.score_due(step) else {}
-            log.save(roles, [student_opt, adapted_opt], step + 1, scores, device)
+            score = log.score_due(step) and not stopping
+            log.save(roles, optimizers, step + 1, scorer.score(ema, config.sigmas) if score else {})
         if stopping:
             return log.stopped(step + 1)
     return log.finish()
@@ -130,17 +132,18 @@ def add(losses, terms, parts):
         losses[name] = losses.get(name, 0) + value.detach() / parts
 
 
-def update(optimizer, losses, gradient_name, clip, step):
-    """One step of AdamW; stops the run before any weight moves if a figure is not finite."""
+def update(optimizer, losses, gradient_name, clip, broken):
+    """One step of AdamW, and what to log of it. Waits for no device.
+
+    Once a figure is not finite, `broken` turns 1, and neither this update nor any later one moves
+    a weight; the log stops the run when it next reads the figures (Deviation 7).
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    names, values = [*losses, gradient_name], [*losses.values(), norm]
-    figures = dict(zip(names, torch.stack(values).tolist()))    # the one wait for the device
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            raise RunFailed(f"iteration {step}: {name} is {value}; this update was not made and "
-                            "nothing saved, the last checkpoint is good; go on from it with "
-                            "--force and a lower --learning-rate")
+    figures = losses | {gradient_name: norm}
+    finite = torch.stack([*figures.values()]).isfinite().all()
+    broken.copy_(torch.maximum(broken, (~finite).float()))
+    optimizer.found_inf = broken            # fused AdamW's own switch: at 1 its step does nothing
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return figures
@@ -157,6 +160,9 @@ def draw_iteration(config, step, network, device, real, pairs):
     rng = iteration_generator(config.seed, step, device)
     normal = partial(torch.randn, generator=rng, device=device)
     whole = partial(torch.randint, generator=rng, device=device)
+    # Indices are drawn where the images are; a GPU's would have to be waited for.
+    host_rng = rng if device.type == "cpu" else iteration_generator(config.seed, step, "cpu")
+    index = partial(torch.randint, generator=host_rng)
     B, shape, classes = config.batch, network.image_shape, network.label_dim
 
     n = len(config.sigmas)                              # the step that this iteration trains
@@ -170,11 +176,11 @@ def draw_iteration(config, step, network, device, real, pairs):
     if step % config.ttur == 0:
         drawn |= {"sigma": student_noise(B, rng), "eps": normal(B, *shape)}
     if real is not None:                                # DMD2's GAN, noise over the whole grid
-        drawn["real_index"] = whole(len(real), (B,))
+        drawn["real_index"] = index(len(real), (B,))
         for name in ("real", "fake", "gan"):
             drawn |= {f"sigma_{name}": sigma_grid(B, rng), f"eps_{name}": normal(B, *shape)}
     if pairs is not None:                               # DMD's regression
-        drawn["pair_index"] = whole(len(pairs[0]), (B,))
+        drawn["pair_index"] = index(len(pairs[0]), (B,))
     return n, drawn
 
 
@@ -183,8 +189,12 @@ def parts_of(drawn, config, options, label_dim, device, real=None, pairs=None):
     share, size = config.batch // options.world_size, options.batch_per_gpu
     first = distributed.rank() * share
 
+    def moved(tensor):                                  # without waiting for the copy
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
+
     def one_hot(labels):
-        return F.one_hot(labels.to(device), label_dim).float() if label_dim else None
+        return F.one_hot(moved(labels), label_dim).float() if label_dim else None
 
     parts = []
     for start in range(first, first + share, size):
@@ -192,10 +202,11 @@ def parts_of(drawn, config, options, label_dim, device, real=None, pairs=None):
                                   for k, v in drawn.items()})
         if real is not None:
             pixels, labels = real.take(part.real_index.tolist())
-            part.real, part.y_real = from_uint8(pixels.to(device)), one_hot(labels)
+            part.real, part.y_real = from_uint8(moved(pixels)), one_hot(labels)
         if pairs is not None:
-            z_ref, image_ref, labels = (t[part.pair_index.cpu()].to(device) for t in pairs)
-            part.z_ref, part.image_ref, part.y_ref = z_ref, image_ref.float(), one_hot(labels)
+            z_ref, image_ref, labels = (t[part.pair_index] for t in pairs)
+            part.z_ref, part.image_ref = moved(z_ref), moved(image_ref).float()
+            part.y_ref = one_hot(labels)
         parts.append(part)
     return parts
 
@@ -235,22 +246,25 @@ def perceptual_distance(config, options, device):
     return load_lpips(options.cache, device)
 
 
-def train_teacher(config, options, device, network_config):
+def train_teacher(config, options, device, stop, network_config):
     """Stage 0, where no teacher is published: EDM's loss on real images."""
     import data
     images = data.open_images(options.data, options.cache)
     roles = new_teacher(config, options, network_config, device)
     data.check_fits(images, roles.student)
     optimizer = adamw(roles.student, config)
-    start, best_fid = resume(config, options.folder, roles, [optimizer])
-    network = distributed.parallel(roles.student)
-    scorer, log = Scorer(config, options, device), Log(config, options, start, best_fid)
+    start, best_fid, unscored = resume(config, options, roles, [optimizer])
+    network, broken = distributed.parallel(roles.student), torch.zeros((), device=device)
+    scorer = Scorer(config, options, device)
+    log = Log(config, options, device, start, best_fid, stop)
+    if unscored and log.score_due(start - 1):
+        log.save(roles, [optimizer], start, scorer.score(roles.ema, ()))
     for step in range(start, config.iterations):
         set_rate(config, step, optimizer)
         rng = iteration_generator(config.seed, step, device)
         torch.manual_seed(rng.initial_seed() + distributed.rank())              # for dropout
-        drawn = {"real_index": torch.randint(len(images), (config.batch,), generator=rng,
-                                             device=device),
+        host_rng = rng if device.type == "cpu" else iteration_generator(config.seed, step, "cpu")
+        drawn = {"real_index": torch.randint(len(images), (config.batch,), generator=host_rng),
                  "sigma": sigma_lognormal(config.batch, rng),
                  "eps": torch.randn(config.batch, *images.shape, generator=rng, device=device)}
         parts = parts_of(drawn, config, options, roles.student.label_dim, device, images)
@@ -262,14 +276,13 @@ def train_teacher(config, options, device, network_config):
                 loss = edm_loss(part.real, part.sigma, part.eps, part.y_real, teacher=network)
                 (loss / len(parts)).backward()
                 add(losses, {"denoising": loss}, len(parts))
-        losses = update(optimizer, losses, "student_gradient", config.clip, step)
+        figures = update(optimizer, losses, "student_gradient", config.clip, broken)
         update_ema(roles.ema, roles.student, config.batch, config.ema_halflife)
-        if log.due(step):
-            log.write(step, losses, parts[-1].real)
-        stopping = log.stopping(device)
+        log.take(step, figures, parts[-1].real)
+        stopping = log.stopping(step)
         if log.save_due(step) or stopping:
-            scores = scorer.score(roles.ema, ()) if log.score_due(step) else {}
-            log.save(roles, [optimizer], step + 1, scores, device)
+            score = log.score_due(step) and not stopping
+            log.save(roles, [optimizer], step + 1, scorer.score(roles.ema, ()) if score else {})
         if stopping:
             return log.stopped(step + 1)
     return log.finish()
@@ -294,7 +307,7 @@ def main(argv=None):
     torch.backends.cuda.matmul.allow_tf32 = rows[0][2].precision != "fp32"
     torch.backends.cudnn.allow_tf32 = rows[0][2].precision != "fp32"
     torch.backends.cudnn.benchmark = True
-    code = 0
+    code, stop = 0, None
     for preset, config, options in rows:
         if distributed.rank() == 0:
             describe(preset, config, options)
@@ -302,11 +315,12 @@ def main(argv=None):
             if distributed.rank() == 0:
                 print_plan(config, options)
             continue
+        stop = stop or StopSignal()
         lock = open_run(options.folder, config, options)
         if config.stage == 0:
-            code = train_teacher(config, options, device, preset.network)
+            code = train_teacher(config, options, device, stop, preset.network)
         else:
-            code = distill(config, options, device)
+            code = distill(config, options, device, stop)
         if code:
             break
         if lock:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,15 +103,19 @@ METHODS = {"pmdd": ["--stage", "1"], "dmd": ["--method", "dmd"], "dmd2": ["--met
 KILLED = """
 import os, signal, sys
 import train
-from train import update as real
-at, which = int(sys.argv[1]), sys.argv[2]
+from train import draw_iteration, update as real
+at, which, now = int(sys.argv[1]), sys.argv[2], []
 
-def update(optimizer, losses, name, clip, step):
-    if step == at and name == which:
+def draw(config, step, *more):
+    now.append(step)
+    return draw_iteration(config, step, *more)
+
+def update(optimizer, losses, name, *more):
+    if now[-1] == at and name == which:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(optimizer, losses, name, clip, step)
+    return real(optimizer, losses, name, *more)
 
-train.update = update
+train.draw_iteration, train.update = draw, update
 train.main(sys.argv[3:])
 """
 
@@ -154,14 +159,14 @@ def test_a_terminated_run_saves_says_so_and_goes_on(teacher, tmp_path):
     code = """
     import os, signal, sys
     import train
-    real = train.update
-    def update(optimizer, losses, name, clip, step):
-        if step == 3 and name == "adapted_gradient":
+    real = train.draw_iteration
+    def draw(config, step, *more):
+        if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(optimizer, losses, name, clip, step)
-    train.update = update
+        return real(config, step, *more)
+    train.draw_iteration = draw
     train.run(lambda: train.main(sys.argv[1:]))
-    """
+    """                                                 # iteration 4 is one to evaluate: not now
     done = run_python(code, *flags(teacher, tmp_path / "stopped"), "--stage", "1", check=False)
     assert done.returncode == 3 and "saved after 4 iterations" in done.stdout
     assert checkpoint.load(tmp_path / "stopped" / "stage1" / "latest.pt")["iteration"] == 4
@@ -169,6 +174,40 @@ def test_a_terminated_run_saves_says_so_and_goes_on(teacher, tmp_path):
     train.main(flags(teacher, tmp_path / "whole", "--stage", "1"))
     stopped, whole = state(tmp_path / "stopped"), state(tmp_path / "whole")
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    figures = [{(line["iteration"], line.get("digits-FID@1"))
+                for line in records.read_metrics(tmp_path / name / "stage1" / "metrics.jsonl")}
+               for name in ("stopped", "whole")]
+    assert figures[0] == figures[1]                     # evaluated when the run went on
+    assert (checkpoint.load(tmp_path / "stopped" / "stage1" / "best.pt")["iteration"]
+            == checkpoint.load(tmp_path / "whole" / "stage1" / "best.pt")["iteration"])
+
+
+def test_a_signal_between_two_stages_is_not_lost(teacher, tmp_path):
+    code = """
+    import os, signal, sys
+    import train
+    real = train.load_roles
+    def load(config, *more):
+        if config.stage == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(config, *more)
+    train.load_roles = load
+    train.run(lambda: train.main(sys.argv[1:]))
+    """
+    done = run_python(code, *flags(teacher, tmp_path, iterations=2), check=False)
+    assert done.returncode == 3 and (tmp_path / "stage2" / "latest.pt").exists()
+    assert not (tmp_path / "stage3").exists()
+
+
+def test_a_run_resumes_only_from_what_it_was_begun_with(teacher, tmp_path):
+    run = flags(teacher, tmp_path, "--stage", "2", iterations=2)
+    train.main(flags(teacher, tmp_path, "--stage", "1", iterations=2))
+    train.main(run)
+    best = tmp_path / "stage1" / "best.pt"
+    checkpoint.save(best, checkpoint.load(best) | {"iteration": 99})
+    with pytest.raises(UserError, match="starts from is another file .* --force"):
+        train.main(run)
+    train.main([*run, "--force"])
 
 
 # ---- Processes and parts ----
@@ -355,19 +394,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
     role, ttur = ("adapted", 1) if term == "denoising" else ("student", 3)
 
     def poisoned(*args, **kwargs):
-        loss = real(*args, **kwargs)
-        if len(calls) == at // ttur:
-            calls.append({k: v.clone() for k, v in getattr(made[0], role).state_dict().items()})
-            return loss * float("nan")
-        calls.append(None)
-        return loss
+        calls.append({k: v.clone() for k, v in getattr(made[0], role).state_dict().items()})
+        bad = len(calls) - 1 == at // ttur
+        return real(*args, **kwargs) * (float("nan") if bad else 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, target, poisoned)
         with pytest.raises(RunFailed, match=f"iteration {at}: {term} is nan"):
             train.main(flags(teacher, tmp_path, "--stage", "2"))
     now = getattr(made[0], role).state_dict()
-    assert all(torch.equal(now[k], v) for k, v in calls[-1].items())
+    assert all(torch.equal(now[k], v) for k, v in calls[at // ttur].items())
     assert checkpoint.load(tmp_path / "stage2" / "latest.pt")["iteration"] == at - at % 2
     with pytest.raises(UserError, match=r"learning_rate \(was 0.001, now 0.0005\)"):
         train.main(flags(teacher, tmp_path, "--stage", "2", "--learning-rate", "5e-4"))
@@ -377,21 +413,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
     assert all(g["lr"] == 5e-4 for o in saved["optimizers"] for g in o["param_groups"])
 
 
-def test_a_gradient_that_is_not_finite_is_named():
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight])
-    weight.grad = torch.tensor([float("inf"), 0.0])
-    with pytest.raises(RunFailed, match="iteration 9: student_gradient is inf"):
-        train.update(optimizer, {"distill": torch.tensor(1.0)}, "student_gradient", 10.0, 9)
-    assert torch.equal(weight.data, torch.ones(2))
+@pytest.mark.parametrize("loss, gradient", [(1.0, float("inf")), (float("nan"), 1.0)])
+def test_once_a_figure_is_not_finite_no_later_update_moves_a_weight(loss, gradient):
+    weight, broken = torch.nn.Parameter(torch.ones(2)), torch.zeros(())
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    for given, slope in ((1.0, 1.0), (loss, gradient), (1.0, 1.0)):
+        before = weight.detach().clone()
+        weight.grad = torch.tensor([slope, 0.0])
+        figures = train.update(optimizer, {"distill": torch.tensor(given)}, "gradient", 10.0,
+                               broken)
+        assert torch.equal(weight.data, before) == bool(broken)
+        assert figures["distill"].isfinite() == (given == given)
+    assert broken == 1
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path):
+    config = dataclasses.replace(presets.find("digits", "pmdd", 1).config, iterations=20)
+    log = records.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
+    images = torch.zeros(2, 1, 8, 8)
+    log.take(1, {"gradient": torch.tensor(1.0)}, images)
+    log.take(2, {"gradient": torch.tensor(float("inf"))}, images)
+    with pytest.raises(RunFailed, match="iteration 2: gradient is inf"):
+        log.take(10, {"gradient": torch.tensor(1.0)}, images)
+    with pytest.raises(RunFailed, match="iteration 2: gradient is inf"):
+        log.save(None, [], 11, {})
 
 
 def test_gradients_are_clipped_to_the_norm_that_was_asked_for():
     for clip, factor in ((0.5, 0.1), (0.0, 1.0)):
         weight = torch.nn.Parameter(torch.zeros(2))
         weight.grad = torch.tensor([3.0, 4.0])
-        optimizer = torch.optim.SGD([weight], lr=1.0)
-        figures = train.update(optimizer, {}, "student_gradient", clip, 0)
+        optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+        figures = train.update(optimizer, {}, "student_gradient", clip, torch.zeros(()))
         assert figures == {"student_gradient": 5.0}
         assert torch.allclose(weight.data, torch.tensor([-3.0, -4.0]) * factor)
 
