@@ -17,6 +17,9 @@ def sigmas_at(*fractions):
 
 PMDD_SIGMAS = sigmas_at(1, 0.5, 0.25)           # 80, 2.515, 0.170
 EQUAL_WIDTH_SIGMAS = sigmas_at(1, 0.67, 0.33)   # 80, 9.96, 0.452: PMDD's other schedule
+# 80, 0.632, 0.170: a pixel of 8x8 stands for 16 of 32x32, whose mean has a quarter of the noise, so
+# 2.515 / 4 hides as much of a digit as 2.515 of a CIFAR-10 image.
+DIGITS_SIGMAS = sigmas_at(1, 0.36, 0.25)
 
 
 def option(default, text, choices=None):
@@ -68,6 +71,7 @@ class Preset:
     source: str                 # where the row stands
     gpus: str                   # what the authors ran it on
     paper_fid: float | None     # what they report; None where they report none
+    hours: str = "-"            # how long it took them, where they say
     network: dict | None = None  # architecture of a teacher that is trained here (stage 0)
 
     @property
@@ -78,7 +82,7 @@ class Preset:
 
 # ---- Teachers ----
 DIGITS_NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
-                      model_channels=20, channel_mult=[1, 2], channel_mult_emb=2, num_blocks=1,
+                      model_channels=16, channel_mult=[1, 2], channel_mult_emb=2, num_blocks=1,
                       attn_resolutions=[], dropout=0.0)
 CIFAR10_NETWORK = dict(img_resolution=32, img_channels=3, label_dim=10, model_type="SongUNet",
                        augment_dim=9, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)
@@ -96,9 +100,13 @@ IMAGENET64 = Config(dataset="imagenet64", teacher=TEACHERS["imagenet64"], iterat
                     batch=72, learning_rate=2e-6)
 
 
+def schedule(dataset):
+    return DIGITS_SIGMAS if dataset == "digits" else PMDD_SIGMAS
+
+
 def later(base, stage, **changes):
     """Stage 2 or 3 of PMDD: the same row with one more step."""
-    return replace(base, stage=stage, sigmas=PMDD_SIGMAS[:stage], **changes)
+    return replace(base, stage=stage, sigmas=schedule(base.dataset)[:stage], **changes)
 
 
 # ---- DMD, App. B.1 and B.2; DMD2, App. F.2; SiD ----
@@ -114,7 +122,7 @@ TEACHER = dict(stage=0, teacher="", sigmas=(), final_rate=1.0, weight_decay=0.0,
 
 # ---- Digits: ours, chosen so that minutes on two CPU cores are enough ----
 DIGITS = Config(teacher=TEACHERS["digits"], iterations=4000, batch=128, ttur=2, learning_rate=4e-4,
-                final_rate=0.05, ema_halflife=8_000, evaluate_every=500, evaluate_images=5_000,
+                final_rate=0.05, ema_halflife=16_000, evaluate_every=500, evaluate_images=5_000,
                 save_every=250)
 
 OURS, CPU = "ours, for the embedded digits", "2 CPU cores"
@@ -132,10 +140,10 @@ PRESETS = {
     ("imagenet64", "pmdd", 1, ""): Preset(IMAGENET64, "PMDD A.2, Table 5", A100, 2.60),
     ("imagenet64", "pmdd", 2, ""): Preset(
         later(IMAGENET64, 2, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3),
-        "PMDD A.2, Table 5 (Table 4: 1.99)", A100, 1.95),
+        "PMDD A.2, Table 5 (Table 4: 1.99)", A100, 1.95, "about 24"),
     ("imagenet64", "pmdd", 3, ""): Preset(
         later(IMAGENET64, 3, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3),
-        "PMDD A.2, Table 5", A100, 2.14),
+        "PMDD A.2, Table 5", A100, 2.14, "about 24"),
 
     ("cifar10", "dmd", 1, ""): Preset(DMD_CIFAR10, "DMD B.1, Table 6", "7 GPUs", 2.66),
     ("cifar10", "dmd", 1, "unconditional"): Preset(
@@ -145,14 +153,16 @@ PRESETS = {
         replace(IMAGENET64, **DMD, iterations=350_000, batch=336, regression_pairs=25_000,
                 regression_steps=256), "DMD B.2, Table 1", "7 GPUs", 2.62),
 
-    ("imagenet64", "dmd2", 1, ""): Preset(DMD2_IMAGENET64, "DMD2 F.2, Table 3", "7 A100", 1.51),
+    ("imagenet64", "dmd2", 1, ""): Preset(DMD2_IMAGENET64, "DMD2 F.2, Table 3", "7 A100", 1.51,
+                                       "about 48"),
     ("imagenet64", "dmd2", 1, "no-gan"): Preset(
         replace(DMD2_IMAGENET64, gan_weight=0.0, iterations=400_000),
         "DMD2 F.2, first part of the longer training; Table 3", "7 A100", 2.61),
     ("imagenet64", "dmd2", 1, "longer"): Preset(
         replace(DMD2_IMAGENET64, learning_rate=5e-7, iterations=150_000,
                 start_from="runs/imagenet64-dmd2-no-gan/stage1/best.pt"),
-        "DMD2 F.2, second part of the longer training; Table 1", "7 A100", 1.28),
+        "DMD2 F.2, second part of the longer training; Table 1", "7 A100", 1.28,
+        "about 120 with no-gan"),
     ("cifar10", "dmd2", 1, ""): Preset(
         replace(CIFAR10, **DMD2), "ours: DMD2 has no CIFAR-10 row; its terms, PMDD's A.1 otherwise",
         "none", None),
@@ -169,10 +179,10 @@ PRESETS = {
 
     ("digits", "pmdd", 1, ""): Preset(DIGITS, OURS, CPU, None),
     ("digits", "pmdd", 2, ""): Preset(
-        later(DIGITS, 2, learning_rate=4e-4, iterations=3000, unforget_weight=1.0),
+        later(DIGITS, 2, learning_rate=3e-4, iterations=3000, unforget_weight=1.0),
         OURS, CPU, None),
     ("digits", "pmdd", 3, ""): Preset(
-        later(DIGITS, 3, learning_rate=2e-4, iterations=2000, unforget_weight=1.0),
+        later(DIGITS, 3, learning_rate=2e-4, iterations=3000, unforget_weight=1.0),
         OURS, CPU, None),
     ("digits", "dmd", 1, ""): Preset(
         replace(DIGITS, **DMD, regression_pairs=2_000), OURS, CPU, None),
@@ -181,15 +191,16 @@ PRESETS = {
 
     ("digits", "pmdd", 0, ""): Preset(
         replace(DIGITS, **TEACHER, iterations=2_000, batch=256, learning_rate=1e-3,
-                ema_halflife=15_000, evaluate_every=1_000), OURS, CPU, None, DIGITS_NETWORK),
+                ema_halflife=15_000, evaluate_every=1_000),
+        OURS, CPU, None, network=DIGITS_NETWORK),
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
                 evaluate_every=10_000),
-        "EDM Table 7, without its augmentation", "8 V100", None, CIFAR10_NETWORK),
+        "EDM Table 7, without its augmentation", "8 V100", None, network=CIFAR10_NETWORK),
     ("imagenet64", "pmdd", 0, ""): Preset(
         replace(IMAGENET64, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
                 ema_halflife=50_000_000, evaluate_every=10_000),
-        "EDM Table 7", "32 A100", None, IMAGENET64_NETWORK),
+        "EDM Table 7", "32 A100", None, network=IMAGENET64_NETWORK),
 }
 
 
@@ -203,7 +214,7 @@ def find(dataset, method, stage, variant=""):
     if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
         row = find(dataset, method, 1, variant)
         return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(
-            row.config, stage=stage, sigmas=PMDD_SIGMAS[:stage], trained_step="random"))
+            row.config, stage=stage, sigmas=schedule(dataset)[:stage], trained_step="random"))
     try:
         return PRESETS[dataset, method, stage, variant]
     except KeyError:

@@ -30,13 +30,15 @@ def presets():
     rows = []
     for (dataset, method, stage, variant), p in PRESETS.items():
         if dataset != "digits":
+            flags = [f"--dataset {dataset}", f"--method {method}" * (method != "pmdd"),
+                     f"--stage {stage}", f"--variant {variant}" * bool(variant)]
             fid = "-" if p.paper_fid is None else f"{p.paper_fid:.2f}"
-            cells = [dataset, method, str(stage), variant or "-", p.source, p.gpus,
+            cells = [f"`{' '.join(filter(None, flags))}`", p.source, p.gpus, p.hours,
                      str(p.config.batch), f"{p.config.iterations:,}", f"{p.images / 1e6:,.0f}M",
-                     fid, "no"]
+                     fid, "not run here"]
             rows.append(f"| {' | '.join(cells)} |")
-    head = ["dataset", "method", "stage", "variant", "source", "authors' hardware", "batch",
-            "iterations", "images", "paper's FID", "run here"]
+    head = ["train.py", "source", "authors' hardware", "hours", "batch", "iterations", "images",
+            "paper's FID", "ours"]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
 
 

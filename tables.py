@@ -1,0 +1,322 @@
+"""The papers' tables on the embedded digits: the runs behind them, and the tables made of these.
+
+    python tables.py                    make every run that results/tables does not have yet
+    python tables.py --only dmd2 --seeds 0
+    python tables.py --pictures         results/*.png of them (needs matplotlib)
+
+Each run is one command of train.py and one of evaluate.py, on one thread; its small files are kept
+under results/tables/<run>/seed<k>/, its checkpoints under runs/tables.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import Parser, RunFailed, UserError, run
+from evaluation_records import read_records
+from records import read_metrics
+
+HERE = Path(__file__).resolve().parent
+KEPT, WORK = Path("results/tables"), Path("runs/tables")
+SEEDS = (0, 1, 2)
+ITERATIONS = 1500                       # of a stage; n steps trained together have n times as many
+IMAGES = 20_000                         # of each figure
+COMMON = "--final-rate 1 --evaluate-every 250 --evaluate-images 2000"
+
+
+@dataclass(frozen=True)
+class Run:
+    flags: str                          # of train.py, beyond COMMON
+    after: str = ""                     # the run whose best.pt it starts from
+    seeds: tuple = SEEDS
+    stages: int = 1                     # whose iterations it has
+
+    @property
+    def stage(self):
+        words = self.flags.split()
+        return int(words[words.index("--stage") + 1]) if "--stage" in words else 1
+
+
+def stage(k, flags, after, seeds=SEEDS):
+    return Run(f"--stage {k} --ttur 5 {flags}".strip(), after, seeds)
+
+
+def two_steps(weight, sampling):
+    """Table e: one seed."""
+    return stage(2, f"--unforget-weight {weight} --{sampling}", "pmdd-1", SEEDS[:1])
+
+
+RUNS = {
+    # One step: each is one row of the papers' ablations.
+    "dmd": Run("--method dmd"),
+    "dmd-no-regression": Run("--method dmd --regression-weight 0"),
+    "dmd-no-dm": Run("--method dmd --loss none"),
+    "dmd2-no-gan": Run("--method dmd2 --gan-weight 0"),
+    "dmd2": Run("--method dmd2"),
+    "gan-alone": Run("--method dmd2 --loss none"),
+    "sid": Run("--method sid"),
+    "pmdd-1": stage(1, "", ""),
+    # More steps. DMD2 without GAN at one step is PMDD's stage 1 with dm, to the last flag.
+    "pmdd-2": stage(2, "", "pmdd-1"),
+    "pmdd-dm-2": stage(2, "--loss dm", "dmd2-no-gan"),
+    "dmd2-2": Run("--method dmd2 --stage 2 --gan-weight 0", stages=2),
+    "pmdd-3": stage(3, "", "pmdd-2"),
+    "pmdd-dm-3": stage(3, "--loss dm", "pmdd-dm-2"),
+    "dmd2-3": Run("--method dmd2 --stage 3 --gan-weight 0", stages=3),
+    # Two steps, PMDD Table 4.
+    "two-none": stage(2, "--loss dm --unforget-weight 0 --no-external-sampling", "dmd2-no-gan"),
+    "two-unforget": stage(2, "--loss dm --no-external-sampling", "dmd2-no-gan"),
+    # TTUR, DMD2 appendix C.
+    "dm-ttur-10": Run("--method dmd2 --gan-weight 0 --ttur 10"),
+    # Sample weightings, DMD Table 2 right: one seed.
+    "dmd-sigma": Run("--method dmd --dm-weighting sigma", seeds=SEEDS[:1]),
+    "dmd-sigma3": Run("--method dmd --dm-weighting sigma3", seeds=SEEDS[:1]),
+    # The unforget weight, PMDD Table 6 and Figure 2.
+    **{f"beta-{weight}-{sampling}": two_steps(weight, sampling)
+       for weight in ("0", "0.3", "1", "3", "10")
+       for sampling in ("external-sampling", "no-external-sampling")
+       if (weight, sampling) != ("1", "external-sampling")}}           # that one is pmdd-2
+HEUN = "evaluate.py --dataset digits --heun 1 2 3 18 --repeats 3"
+
+
+# ---- Running ----
+
+def commands(name, seed):
+    """What makes a run and its figures, as a person would type it."""
+    row, folder = RUNS[name], WORK / name / f"seed{seed}"
+    start = f" --start-from {best(row.after, seed)}" if row.after else ""
+    figures = KEPT / name / f"seed{seed}" / "evaluation.json"
+    return [f"python train.py {row.flags}{start} --iterations {row.stages * ITERATIONS} {COMMON} "
+            f"--seed {seed} --folder {folder}",
+            f"python evaluate.py --checkpoint {best(name, seed)} --n {IMAGES} --out {figures}"]
+
+
+def best(name, seed):
+    return WORK / name / f"seed{seed}" / f"stage{RUNS[name].stage}" / "best.pt"
+
+
+def make(name, seed, needed):
+    """Run, unless its figures are there from the same commands; keep the small files."""
+    if needed:
+        needed.result()
+    kept, text = HERE / KEPT / name / f"seed{seed}", "\n".join(commands(name, seed)) + "\n"
+    if (kept / "evaluation.json").exists() and (kept / "commands.txt").read_text() == text:
+        return
+    kept.mkdir(parents=True, exist_ok=True)
+    (kept / "evaluation.json").unlink(missing_ok=True)
+    began = time.monotonic()
+    for command in text.splitlines():
+        done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=HERE, text=True,
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise RunFailed(f"{command}: exit code {done.returncode}: {done.stderr[-500:]}")
+        (kept / "commands.txt").write_text(text)
+    for file in ("config.json", "metrics.jsonl"):
+        shutil.copy(HERE / best(name, seed).with_name(file), kept / file)
+    print(f"{name}, seed {seed}: {(time.monotonic() - began) / 60:.1f} minutes, "
+          f"digits-FID {figure(name, seed):.3f}", flush=True)
+
+
+def make_all(names, seeds, jobs):
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {}
+        for seed in seeds:                                  # whole tables of one seed first
+            for name in names:
+                if seed in RUNS[name].seeds:
+                    needed = started.get((RUNS[name].after, seed))
+                    started[name, seed] = pool.submit(make, name, seed, needed)
+        failed = [str(one.exception()) for one in started.values() if one.exception()]
+    if failed:
+        raise RunFailed(failed[0])
+    if not (HERE / KEPT / "teacher.json").exists():
+        subprocess.run([sys.executable, *HEUN.split(), "--n", str(IMAGES), "--out",
+                        str(KEPT / "teacher.json")], cwd=HERE, check=True)
+
+
+# ---- Figures ----
+
+def figure(name, seed, steps=None, what="digits-FID"):
+    """A figure at its own number of steps, or at fewer."""
+    steps = steps or RUNS[name].stage
+    for entry in read_records(HERE / KEPT / name / f"seed{seed}" / "evaluation.json"):
+        if entry["evaluations"] == steps:
+            return entry["figures"][what]["mean"]
+    raise UserError(f"{KEPT / name} has no figures at {steps} steps")
+
+
+def spread(values, form):
+    if len(values) == 1:
+        return f"{form.format(values[0])} (one seed)"
+    mean, least, most = (form.format(f(values)) for f in (np.mean, min, max))
+    return f"{mean} ({least} to {most})"
+
+
+def cell(name, steps=None, what="digits-FID"):
+    """Mean over the seeds that have been run (least to most)."""
+    form = "{:.1%}" if what == "right_class" else "{:.3f}"
+    done = [k for k in RUNS[name].seeds
+            if (HERE / KEPT / name / f"seed{k}" / "evaluation.json").exists()]
+    return spread([figure(name, k, steps, what) for k in done], form) if done else "not run"
+
+
+def markdown(heading, rows):
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def row(text, name, steps, *paper):
+    return [text, cell(name, steps), cell(name, steps, "right_class"), *paper]
+
+
+def methods():
+    """a. PMDD Table 1, DMD Table 2 left, DMD2 Table 3."""
+    return markdown(
+        ["one step", "digits-FID", "right class", "paper, CIFAR-10", "paper, ImageNet-64"],
+        [row("DMD", "dmd", 1, "2.66", "2.62"),
+         row("DMD without regression", "dmd-no-regression", 1, "5.58", "5.61; DMD2: 3.48"),
+         row("DMD without distribution matching", "dmd-no-dm", 1, "3.82", "9.21"),
+         row("DMD without regression, TTUR 5", "dmd2-no-gan", 1, "-", "2.61"),
+         row("that with GAN: DMD2", "dmd2", 1, "-", "1.51"),
+         row("GAN alone, TTUR 5", "gan-alone", 1, "-", "2.56; TTUR 5: 2.52"),
+         row("SiD, alpha 1.2", "sid", 1, "1.71", "1.52"),
+         row("PMDD, stage 1", "pmdd-1", 1, "2.52", "2.60")])
+
+
+def steps():
+    """b. PMDD Tables 1 and 5."""
+    rows = [row(f"PMDD with sid, {k} steps", f"pmdd-{k}", k, *paper)
+            for k, paper in ((1, ("2.52", "2.60")), (2, ("2.19", "1.95")), (3, ("2.48", "2.14")))]
+    rows += [row(f"PMDD with dm, {k} steps", name, k, *paper)
+             for k, name, paper in ((1, "dmd2-no-gan", ("3.49", "3.70")),
+                                    (2, "pmdd-dm-2", ("2.91", "3.58")),
+                                    (3, "pmdd-dm-3", ("2.86", "3.47")))]
+    rows += [row(f"DMD2 without GAN, {k} steps together", f"dmd2-{k}", k, "-", "-") for k in (2, 3)]
+    return markdown(["", "digits-FID", "right class", "paper, CIFAR-10", "paper, ImageNet-64"],
+                    rows + teacher_rows())
+
+
+def teacher_rows():
+    path, rows = HERE / KEPT / "teacher.json", []
+    entries = read_records(path) if path.exists() else []
+    for entry in sorted(entries, key=lambda e: e["evaluations"]):
+        forms = (("digits-FID", "{:.3f}"), ("right_class", "{:.1%}"))
+        figures = [spread(entry["figures"][what]["values"], form) for what, form in forms]
+        rows.append([f"teacher, {entry['evaluations']} evaluations", *figures, "-", "-"])
+    return rows
+
+
+def budgets():
+    """c. PMDD Table 3."""
+    return markdown(
+        ["three-step student sampled at", "3 steps", "2 steps", "1 step"],
+        [[text, *(cell(name, k) for k in (3, 2, 1))]
+         for text, name in (("DMD2 without GAN", "dmd2-3"), ("PMDD with dm", "pmdd-dm-3"),
+                            ("PMDD with sid", "pmdd-3"))]
+        + [["paper, COCO: DMD2 without GAN", "9.18", "10.36", "23.32"],
+           ["paper, COCO: PMDD", "8.50", "10.07", "12.65"]])
+
+
+def two_step_ablation():
+    """d. PMDD Table 4."""
+    return markdown(
+        ["two steps, dm", "digits-FID", "right class", "paper, CIFAR-10", "paper, ImageNet-64"],
+        [row("neither", "two-none", 2, "5.89", "8.01"),
+         row("+ unforget, beta 1", "two-unforget", 2, "3.02", "3.71"),
+         row("+ external sampling", "pmdd-dm-2", 2, "2.94", "3.58"),
+         row("+ sid in place of dm", "pmdd-2", 2, "2.21", "1.99")])
+
+
+def unforget_weights():
+    """e. PMDD Table 6 and Figure 2."""
+    paper = {"0.3": ("8.57", "11.81", "8.63", "11.67"), "1": ("8.66", "11.52", "8.79", "11.42"),
+             "3": ("8.61", "10.50", "8.89", "10.98"), "10": ("9.00", "9.99", "9.44", "10.07")}
+    rows = []
+    for weight in ("0", "0.3", "1", "3", "10"):
+        names = [f"beta-{weight}-{s}" for s in ("external-sampling", "no-external-sampling")]
+        names[0] = names[0] if names[0] in RUNS else "pmdd-2"
+        rows.append([weight, *(cell(name, k) for name in names for k in (2, 1)),
+                     " / ".join(paper.get(weight, ["-"]))])
+    return markdown(["beta", "external: 2 steps", "external: 1 step", "own: 2 steps", "own: 1 step",
+                     "paper, COCO, the same four"], rows)
+
+
+def ttur():
+    """f. DMD2 appendix C."""
+    return markdown(
+        ["dm without regression or GAN", "digits-FID", "right class", "brightness moves by",
+         "paper, ImageNet-64"],
+        [[f"TTUR {k}", cell(name, 1), cell(name, 1, "right_class"), unrest(name), paper]
+         for k, name, paper in ((1, "dmd-no-regression", "3.48"), (5, "dmd2-no-gan", "2.61"),
+                                (10, "dm-ttur-10", "-"))])
+
+
+def brightness(name, seed):
+    """(iterations, brightness of the batch) from the metrics."""
+    lines = [line for line in read_metrics(HERE / KEPT / name / f"seed{seed}" / "metrics.jsonl")
+             if "image_mean" in line]
+    return [line["iteration"] for line in lines], [line["image_mean"] for line in lines]
+
+
+def fid_over_training(name, seed):
+    """(iterations, digits-FID) of the evaluations while it trained."""
+    key = f"digits-FID@{RUNS[name].stage}"
+    lines = [line for line in read_metrics(HERE / KEPT / name / f"seed{seed}" / "metrics.jsonl")
+             if key in line]
+    return [line["iteration"] for line in lines], [line[key] for line in lines]
+
+
+def unrest(name):
+    """Standard deviation of the brightness over the second half of training, mean over seeds."""
+    found = []
+    for seed in RUNS[name].seeds:
+        if (HERE / KEPT / name / f"seed{seed}" / "metrics.jsonl").exists():
+            values = brightness(name, seed)[1]
+            found.append(np.std(values[len(values) // 2:]))
+    return f"{np.mean(found):.4f}" if found else "not run"
+
+
+def weightings():
+    """g. DMD Table 2 right."""
+    return markdown(["DMD, one step", "digits-FID", "right class", "paper, CIFAR-10"],
+                    [row("w = sigma", "dmd-sigma", 1, "3.60"),
+                     row("w = sigma^3", "dmd-sigma3", 1, "3.71"),
+                     row("Eq. 8", "dmd", 1, "2.66")])
+
+
+TABLES = {f.__name__: f for f in (methods, steps, budgets, two_step_ablation, unforget_weights,
+                                  ttur, weightings)}
+
+
+# ---- Command ----
+
+def main():
+    parser = Parser(prog="tables.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="RUN", default=list(RUNS),
+                        help=f"these runs alone: {', '.join(RUNS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="runs at the same time, a thread each (default: one a core)")
+    parser.add_argument("--pictures", action="store_true",
+                        help="draw results/*.png and run nothing")
+    args = parser.parse_args()
+    unknown = sorted(set(args.only) - set(RUNS))
+    if unknown:
+        raise UserError(f"--only {' '.join(unknown)}: there is {', '.join(RUNS)}")
+    if args.pictures:
+        from plots import draw_all
+        draw_all()
+    else:
+        make_all(args.only, args.seeds, args.jobs)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
