@@ -29,7 +29,7 @@ KEPT, WORK = Path("results/tables"), Path("runs/tables")
 SEEDS = (0, 1, 2)
 ITERATIONS = 1500                       # of a stage; n steps trained together have n times as many
 IMAGES = 20_000                         # of each figure
-COMMON = "--final-rate 1 --evaluate-every 250 --evaluate-images 2000"
+COMMON = "--final-rate 1 --ema-halflife 4000 --evaluate-every 250 --evaluate-images 2000"
 
 
 @dataclass(frozen=True)
