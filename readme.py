@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from statistics import median
 
+import tables
 from checkpoint import write_atomically
 from errors import UserError, run
 from evaluation_records import records_under, table
@@ -87,7 +88,7 @@ def speed():
 
 
 TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed,
-          "unforget": unforget}
+          "unforget": unforget, **tables.TABLES}
 
 
 def filled(text):

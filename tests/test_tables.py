@@ -1,0 +1,75 @@
+"""The papers' tables: what is recorded is what the commands say, and all of it is shown."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+import options
+import tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDED = sorted(p.parent for p in (ROOT / tables.KEPT).rglob("evaluation.json"))
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_states_the_budget_that_the_commands_have():
+    for number in (tables.ITERATIONS, tables.IMAGES):
+        assert f"{number:,}" in TEXT
+    command = tables.commands("pmdd-1", 0)[0]
+    assert f"--iterations {tables.ITERATIONS} " in command and "--ttur 5 " in command
+
+
+@pytest.mark.parametrize("name", tables.RUNS)
+def test_every_run_is_a_command_that_train_takes(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    train, evaluate = tables.commands(name, 1)
+    (_, config, where), = options.parse(shlex.split(train)[2:])
+    assert config.seed == 1 and str(where.folder).endswith(f"{name}/seed1/stage{config.stage}")
+    assert config.stage == tables.RUNS[name].stage == len(config.sigmas)
+    assert config.iterations == tables.ITERATIONS * tables.RUNS[name].stages
+    assert config.final_rate == 1 and config.batch == 128
+    if tables.RUNS[name].after:
+        before = tables.RUNS[tables.RUNS[name].after]
+        assert before.stage == config.stage - 1 and set(tables.RUNS[name].seeds) <= {*before.seeds}
+
+
+def test_rows_that_are_compared_differ_by_their_flags_alone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def config(name):
+        (_, config, _), = options.parse(shlex.split(tables.commands(name, 0)[0])[2:])
+        return {k: v for k, v in vars(config).items() if k not in ("method", "start_from")}
+
+    def differing(a, b):
+        return {k for k, v in config(a).items() if v != config(b)[k]}
+
+    assert differing("dmd", "dmd-no-regression") == {"regression_weight"}
+    assert differing("dmd-no-regression", "dmd2-no-gan") == {"ttur", "regression_pairs"}
+    assert differing("dmd2", "dmd2-no-gan") == {"gan_weight"}
+    assert differing("dmd2", "gan-alone") == {"loss"}
+    assert differing("pmdd-1", "dmd2-no-gan") == {"loss"}
+    assert differing("pmdd-2", "pmdd-dm-2") == {"loss"}
+    assert differing("two-none", "two-unforget") == {"unforget_weight"}
+    assert differing("two-unforget", "pmdd-dm-2") == {"external_sampling"}
+    assert differing("dm-ttur-10", "dmd2-no-gan") == {"ttur"}
+    assert differing("dmd-sigma", "dmd") == differing("dmd-sigma3", "dmd") == {"dm_weighting"}
+
+
+@pytest.mark.parametrize("folder", RECORDED, ids=lambda p: f"{p.parent.name}-{p.name}")
+def test_a_record_is_of_its_command(folder):
+    name, seed = folder.parent.name, int(folder.name.removeprefix("seed"))
+    commands = (folder / "commands.txt").read_text().splitlines()
+    assert commands == tables.commands(name, seed)
+    (_, config, _), = options.parse(shlex.split(commands[0])[2:])
+    recorded = json.loads((folder / "config.json").read_text())["config"]
+    assert recorded == json.loads(json.dumps(vars(config)))
+    assert tables.figure(name, seed) > 0 and 0.5 < tables.figure(name, seed, 1, "right_class") <= 1
+
+
+def test_the_tables_of_the_readme_leave_out_no_run():
+    shown = "\n".join(table() for table in tables.TABLES.values())
+    for name in tables.RUNS:
+        for cell in {tables.cell(name)} - {"not run"}:
+            assert cell in shown, name
