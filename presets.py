@@ -179,7 +179,7 @@ PRESETS = {
 
     ("digits", "pmdd", 1, ""): Preset(DIGITS, OURS, CPU, None),
     ("digits", "pmdd", 2, ""): Preset(
-        later(DIGITS, 2, learning_rate=3e-4, iterations=3000, unforget_weight=1.0),
+        later(DIGITS, 2, learning_rate=4e-4, iterations=5000, unforget_weight=0.3),
         OURS, CPU, None),
     ("digits", "pmdd", 3, ""): Preset(
         later(DIGITS, 3, learning_rate=2e-4, iterations=3000, unforget_weight=1.0),
