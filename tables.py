@@ -45,13 +45,9 @@ class Run:
         return int(words[words.index("--stage") + 1]) if "--stage" in words else 1
 
 
-def stage(k, flags, after, seeds=SEEDS):
-    return Run(f"--stage {k} --ttur 5 {flags}".strip(), after, seeds)
-
-
-def two_steps(weight, sampling):
-    """Table e: one seed."""
-    return stage(2, f"--unforget-weight {weight} --{sampling}", "pmdd-1", SEEDS[:1])
+def stage(k, flags, after, beta="1", seeds=SEEDS):
+    unforget = f"--unforget-weight {beta} " if k > 1 else ""
+    return Run(f"--stage {k} --ttur 5 {unforget}{flags}".strip(), after, seeds)
 
 
 RUNS = {
@@ -72,18 +68,18 @@ RUNS = {
     "pmdd-dm-3": stage(3, "--loss dm", "pmdd-dm-2"),
     "dmd2-3": Run("--method dmd2 --stage 3 --gan-weight 0", stages=3),
     # Two steps, PMDD Table 4.
-    "two-none": stage(2, "--loss dm --unforget-weight 0 --no-external-sampling", "dmd2-no-gan"),
+    "two-none": stage(2, "--loss dm --no-external-sampling", "dmd2-no-gan", beta="0"),
     "two-unforget": stage(2, "--loss dm --no-external-sampling", "dmd2-no-gan"),
     # TTUR, DMD2 appendix C.
     "dm-ttur-10": Run("--method dmd2 --gan-weight 0 --ttur 10"),
     # Sample weightings, DMD Table 2 right: one seed.
     "dmd-sigma": Run("--method dmd --dm-weighting sigma", seeds=SEEDS[:1]),
     "dmd-sigma3": Run("--method dmd --dm-weighting sigma3", seeds=SEEDS[:1]),
-    # The unforget weight, PMDD Table 6 and Figure 2.
-    **{f"beta-{weight}-{sampling}": two_steps(weight, sampling)
-       for weight in ("0", "0.3", "1", "3", "10")
+    # The unforget weight, PMDD Table 6 and Figure 2: one seed.
+    **{f"beta-{beta}-{sampling}": stage(2, f"--{sampling}", "pmdd-1", beta, SEEDS[:1])
+       for beta in ("0", "0.3", "1", "3", "10")
        for sampling in ("external-sampling", "no-external-sampling")
-       if (weight, sampling) != ("1", "external-sampling")}}           # that one is pmdd-2
+       if (beta, sampling) != ("1", "external-sampling")}}             # that one is pmdd-2
 HEUN = "evaluate.py --dataset digits --heun 1 2 3 18 --repeats 3"
 
 
