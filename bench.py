@@ -346,14 +346,22 @@ def process_bytes(name):
 
 
 def memory_of(job, answer):
-    """Puts the bytes by which some iterations raise what a process holds."""
+    """Puts the most bytes that tensors take, and those by which the process grows, in the loop.
+
+    On a GPU both are what torch's allocator counts.
+    """
     cuda = job.device.type == "cuda"
     set_precision(job.options)
+    warm = torch.nn.Linear(8, 8)                        # torch loads parts of itself at first use
+    train.adamw(warm, job.config).step(lambda: warm(torch.ones(1, 8)).sum().backward())
     before = 0 if cuda else process_bytes("VmRSS")
     config = dataclasses.replace(job.config, ttur=1)    # so that each iteration updates both
-    Watch(dataclasses.replace(job, config=config), repeats=1, cycle=1, warm_up=1, limit=False).run()
-    peak = torch.cuda.max_memory_allocated() if cuda else process_bytes("VmHWM")
-    answer.put(peak - before)
+    with ExitStack() as stack:
+        live = None if cuda else stack.enter_context(plan.LiveBytes())
+        Watch(dataclasses.replace(job, config=config), repeats=1, cycle=1, warm_up=1,
+              limit=False).run()
+    peak = torch.cuda.max_memory_allocated() if cuda else process_bytes("VmHWM") - before
+    answer.put((peak if cuda else live.peak, peak))
 
 
 def memory(job):
@@ -365,10 +373,12 @@ def memory(job):
     if process.exitcode:
         raise RunFailed(f"the process that measures memory ended with {process.exitcode}; if it "
                         "lacked memory, give a smaller --batch-per-gpu")
-    peak, planned = answer.get(), sum(plan.memory(
-        job.config, job.network, job.options.batch_per_gpu,
-        precision=job.options.precision).values())
-    return {"peak_mib": peak / 2 ** 20, "plan_mib": planned / 2 ** 20, "ratio": peak / planned}
+    sizes = plan.memory(job.config, job.network, job.options.batch_per_gpu,
+                        precision=job.options.precision)
+    (tensors, resident), planned = answer.get(), sum(sizes.values())
+    return {"plan_mib": planned / 2 ** 20, "tensors_mib": tensors / 2 ** 20,
+            "process_mib": resident / 2 ** 20, "tensors_against_plan": tensors / planned,
+            "process_against_plan": resident / planned}
 
 
 # ---- Sampling and scoring ----

@@ -161,7 +161,8 @@ def memory(config, network_config, batch_per_gpu, world_size=1, precision="fp32"
     """Bytes by purpose for one process."""
     parts = config.batch // world_size // batch_per_gpu
     with torch.device("meta"):
-        student, teacher, adapted, previous = (EDMPrecond(**network_config) for _ in range(4))
+        student, teacher, adapted, previous = (EDMPrecond(**network_config).eval()
+                                               for _ in range(4))
         adapted = AdaptedWithHead(adapted) if config.gan_weight else adapted
     own, taught = (4 * sum(p.numel() for p in network.parameters())
                    for network in (student, adapted))
