@@ -352,8 +352,9 @@ def memory_of(job, answer):
     """
     cuda = job.device.type == "cuda"
     set_precision(job.options)
-    warm = torch.nn.Linear(8, 8)                        # torch loads parts of itself at first use
-    train.adamw(warm, job.config).step(lambda: warm(torch.ones(1, 8)).sum().backward())
+    small = EDMPrecond(**NETWORKS["digits"])            # torch loads much at its first use
+    x, sigma, y = random_inputs(small, 2, "cpu")
+    train.adamw(small, job.config).step(lambda: small(x, sigma, y).sum().backward())
     before = 0 if cuda else process_bytes("VmRSS")
     config = dataclasses.replace(job.config, ttur=1)    # so that each iteration updates both
     with ExitStack() as stack:
