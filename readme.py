@@ -147,7 +147,8 @@ def many_gpus():
             "GB of gradients an iteration", "ms of arithmetic", "ms of all-reduce", "hours"]
     a = scaling["assumed"]
     return markdown(head, rows) + (
-        f"\n\nComputed, not measured: the slower of TFLOP / (GPUs x {a['peak_teraflops']} TFLOP/s x "
+        "\n\nComputed, not measured: the slower of TFLOP / (GPUs x "
+        f"{a['peak_teraflops']} TFLOP/s x "
         f"utilisation {a['utilisation']}) and of 2 (N - 1) / N times the gradients over "
         f"{a['all_reduce_bytes_a_second'] / 1e9:.0f} GB/s; the three rates are assumptions.\n"
         "(*) that batch cannot be divided by so many processes; `--batch` has to change.")
