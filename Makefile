@@ -5,7 +5,7 @@ DEMO = runs/demo
 DEMO_TRAIN = .venv/bin/python train.py --folder $(DEMO) --evaluate-images 2000
 EMBEDDED = runs/embedded
 
-.PHONY: demo test lint assets clean
+.PHONY: demo test lint assets bench clean
 
 demo: .venv/run
 	$(DEMO_TRAIN) --stage 1 --iterations 1500 --evaluate-every 500
@@ -32,6 +32,20 @@ assets: .venv/run
 		--out results/embedded/evaluation.json
 	.venv/bin/python evaluate.py --dataset digits --heun 9 5 --out results/embedded/evaluation.json
 	.venv/bin/python sample.py --runs none --compare --force --out results/compare.png
+	.venv/bin/python readme.py
+
+# The figures of the README's section on speed; on a machine with nothing else to do.
+BENCH = .venv/bin/python bench.py
+CIFAR10 = $(BENCH) --dataset cifar10 --batch 8 --warm-up 1 --repeats 2
+bench: .venv/run
+	$(BENCH) --iterations 10 --repeats 7 --json results/bench-digits-sid.json
+	$(BENCH) --loss dm --what train memory --iterations 10 --repeats 7 \
+		--json results/bench-digits-dm.json
+	.venv/bin/python results/measure_scaling.py
+	$(CIFAR10) --stage 1 --json results/bench-cifar10-sid-1.json
+	$(CIFAR10) --stage 2 --what train memory --json results/bench-cifar10-sid-2.json
+	$(CIFAR10) --stage 3 --what train memory --json results/bench-cifar10-sid-3.json
+	$(CIFAR10) --loss dm --what train memory --json results/bench-cifar10-dm.json
 	.venv/bin/python readme.py
 
 .venv/bin/python:

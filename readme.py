@@ -87,8 +87,95 @@ def speed():
                         for what, figure, script in rows)])
 
 
+def benchmarks():
+    """Every run of every bench.py record, by dataset, stage and loss."""
+    records = [json.loads(path.read_text()) for path in (HERE / "results").glob("bench-*.json")]
+    return sorted((one for record in records for one in record.get("runs", ())),
+                  key=lambda one: (one["dataset"] != "digits", one["stage"], one["loss"]))
+
+
+def loop():
+    """Training against its passes limit, from the records of bench.py."""
+    rows = []
+    for one in benchmarks():
+        if "training" in one and "memory" in one:
+            t, m = one["training"], one["memory"]
+            e, share = t["loop_efficiency"], t["share_of_time"]
+            parts = ", ".join(f"{100 * share[k]:.0f}" for k in (
+                "roll-out", "student update", "adapted update", "EMA", "the rest"))
+            rows.append([f"{one['dataset']}, batch {one['batch']}",
+                         f"{one['stage']}, {one['loss']}",
+                         f"{e['median']:.2f} ({e['least']:.2f} to {e['most']:.2f})",
+                         f"{t['seconds_of_an_iteration']['median']:.2f}",
+                         f"{t['images_a_second']:.3g}", parts,
+                         f"{100 * share['clipping and AdamW']:.0f}", f"{m['plan_mib']:,.0f}",
+                         f"{m['tensors_against_plan']:.2f}", f"{m['process_against_plan']:.2f}",
+                         "not measured"])
+    head = ["network", "stage, loss", "loop efficiency", "seconds an iteration", "images a second",
+            "% in roll-out, student, adapted, EMA, rest", "% in clipping and AdamW",
+            "plan, MiB", "tensors / plan", "process / plan", "on a GPU"]
+    return markdown(head, rows)
+
+
+def sampling_cost():
+    """Sampling and scoring, from the records of bench.py."""
+    rows = []
+    for one in benchmarks():
+        if "sampling" in one and "share_of_training" in one.get("scoring", {}):
+            s, f = one["sampling"], one["scoring"]
+            steps = [s[k] for k in ("1 step", "2 steps", "3 steps")]
+            rows.append([f"{one['dataset']}, stage {one['stage']}", str(s["batch"]),
+                         ", ".join(f"{v['images_a_second']:.3g}" for v in steps),
+                         ", ".join(f"{v['time_against_forwards']['median']:.2f}" for v in steps),
+                         f"{s['teacher, Heun, 18 steps']['images_a_second']:.3g}",
+                         f"{f['features_a_second']:.3g}", f"{f['frechet_seconds']:.2g}",
+                         f"{100 * f['share_of_training']:.0f}%", "not measured"])
+    head = ["network", "batch", "images a second at 1, 2, 3 steps", "time / single forwards",
+            "teacher, 18 Heun steps", "feature images a second", "one Frechet distance, s",
+            "evaluation / training", "on a GPU"]
+    return markdown(head, rows)
+
+
+def many_gpus():
+    """On paper; nothing of it is measured."""
+    scaling = result("bench-scaling.json")
+    rows = [[row["dataset"], str(row["stage"]), str(row["gpus"]), f"{row['iterations']:,}",
+             f"{row['teraflops_of_an_iteration']:,.0f}",
+             f"{row['gradient_bytes_of_an_iteration'] / 1e9:.2f}",
+             f"{1e3 * row['seconds_of_arithmetic']:.0f}",
+             f"{1e3 * row['seconds_of_all_reduce']:.0f}",
+             f"{row['hours']:,.1f}" + ("" if row["batch_divides"] else " (*)")]
+            for row in scaling["computed"]]
+    head = ["preset", "stage", "GPUs", "iterations", "TFLOP an iteration",
+            "GB of gradients an iteration", "ms of arithmetic", "ms of all-reduce", "hours"]
+    a = scaling["assumed"]
+    return markdown(head, rows) + (
+        "\n\nComputed, not measured: the slower of TFLOP / (GPUs x "
+        f"{a['peak_teraflops']} TFLOP/s x "
+        f"utilisation {a['utilisation']}) and of 2 (N - 1) / N times the gradients over "
+        f"{a['all_reduce_bytes_a_second'] / 1e9:.0f} GB/s; the three rates are assumptions.\n"
+        "(*) that batch cannot be divided by so many processes; `--batch` has to change.")
+
+
+def scaling():
+    """What bounds each measured curve."""
+    curves = result("bench-scaling.json")["measured"]
+    rows = []
+    for name, curve in curves.items():
+        points = curve["points"]
+        rows.append([name, ", ".join(str(p[name]) for p in points), ", ".join(
+            f"{1e3 * p['seconds_of_an_iteration']:.0f}" for p in points), curve["bound"]])
+    return markdown(["against", "at", "ms an iteration", "bound by"], rows)
+
+
+def markdown(head, rows):
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head),
+                      *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed,
-          "unforget": unforget, **tables.TABLES}
+          "unforget": unforget, "loop": loop, "sampling_cost": sampling_cost,
+          "scaling": scaling, "many_gpus": many_gpus, **tables.TABLES}
 
 
 def filled(text):

@@ -298,7 +298,7 @@ def print_plan(config, options):
     for name, value in vars(config).items():
         print(f"  {name}: {value}")
     print("\n".join(report(config, NETWORKS[config.dataset], options.batch_per_gpu,
-                           options.world_size)))
+                           options.world_size, options.precision)))
 
 
 def main(argv=None):
