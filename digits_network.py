@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from checkpoint import write_atomically
-from download import file_digest
+from checkpoint import file_digest, write_atomically
 from errors import run
 from inception import full_precision, in_chunks, load_strictly, read_weights
 
@@ -79,7 +78,7 @@ def load_digits_network(path=WEIGHTS, device="cpu"):
     network, saved = DigitsNetwork(), read_weights(path)
     network.test_accuracy = saved.pop("test_accuracy", None)
     load_strictly(network, saved, path)
-    network.sha256 = file_digest(path, "sha256")
+    network.sha256 = file_digest(path)
     return network.eval().requires_grad_(False).to(device)
 
 

@@ -50,7 +50,7 @@ def starting_point(config, options):
                f"--folder {options.folder.parent} makes it" if not config.start_from else
                "the run before it has to be made first, or --start-from has to name another")
         raise UserError(f"stage {config.stage} starts from {path}, which is not there; {how}")
-    payload = checkpoint.load(path)
+    payload = checkpoint.load(path, needs=checkpoint.SAMPLED)
     if payload["dataset"] != config.dataset:
         raise UserError(f"{path} is of dataset {payload['dataset']}, this run of {config.dataset}")
     earlier = list(config.sigmas[:len(payload["sigmas"])])
@@ -144,9 +144,10 @@ def bare(adapted):
 def resume(config, folder, roles, optimizers):
     """Load latest.pt into the roles: the iteration to go on from, and the best FID so far."""
     say = print if distributed.rank() == 0 else lambda text: None
-    saved = checkpoint.load_latest(folder, say=say)         # on the CPU: no second copy on a GPU
+    needs = checkpoint.RESUMED
+    saved = checkpoint.load_latest(folder, say=say, needs=needs)    # on the CPU, not twice on a GPU
     if saved is None:
-        return 0, float("inf")
+        return 0, checkpoint.best_fid(folder)
     with_head = isinstance(roles.adapted, AdaptedWithHead)
     if saved["network"] != roles.student.config or with_head != ("head" in saved):
         raise UserError(f"{folder} holds a run of another architecture; choose another --folder")
@@ -161,4 +162,4 @@ def resume(config, folder, roles, optimizers):
         for group in optimizer.param_groups:            # a flag may have changed them
             group.update(betas=config.betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")
-    return saved["iteration"], saved["best_fid"]
+    return saved["iteration"], checkpoint.best_fid(folder)
