@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from edm_networks import EDMPrecond
 from errors import RunFailed, UserError, run
@@ -175,11 +176,18 @@ def network_from(payload, weights="ema", source="the checkpoint"):
     return build_network(payload["network"], payload[weights], source).eval()
 
 
+class Undrawn(TorchFunctionMode):
+    """Draws no first weights: on the meta device that would only import half of torch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
 def build_network(config, state, source):
     """The network around these very tensors: nothing is allocated or initialised twice."""
     try:
         check_plain(config)
-        with torch.device("meta"):
+        with torch.device("meta"), Undrawn():
             network = EDMPrecond(**config)
         floats = {name: tensor.float() for name, tensor in state.items()}
         network.load_state_dict(floats, strict=True, assign=True)
@@ -206,7 +214,7 @@ def check_plain(config):
 
 def main(argv):
     """python checkpoint.py runs/.../best.pt assets/digits-student.pt: only what sampling needs."""
-    if len(argv) != 2:
+    if len(argv) != 2 or Path(argv[1]).suffix != ".pt" or "\0" in "".join(argv):
         raise UserError("usage: python checkpoint.py BEST.pt OUT.pt")
     names = ("dataset", "method", "stage", "sigmas", "network", "iteration", "fid", "ema")
     payload = load(argv[0], needs=names)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import write_atomically
-from errors import RunFailed, UserError, run
+from errors import Parser, RunFailed, UserError, run
 from models import sample_heun, sample_seeds
 from pretrained import fetch
 
@@ -87,8 +87,9 @@ def cifar10(path):
                         raise ValueError(f"{name} would have {member.size} bytes")
                     parts.append((member.name, archive.extractfile(member).read()))
     except Exception as error:              # tarfile, gzip and zlib raise many types
+        reason = " ".join(str(error).split())
         raise UserError(f"{path} is neither a whole zip nor CIFAR-10's binary archive: "
-                        f"{error}") from error
+                        f"{reason}") from error
     if not parts:
         raise UserError(f"{path} holds no data_batch_*.bin; wanted: cifar-10-binary.tar.gz")
     for name, part in parts:
@@ -360,5 +361,10 @@ def make_digits(path=DIGITS):
               labels=published.target.astype(np.uint8))
 
 
+def main():
+    Parser(prog="data.py", description="Make assets/digits.npz anew.").parse_args()
+    make_digits()
+
+
 if __name__ == "__main__":
-    run(make_digits)
+    run(main)

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import trange
 
 from checkpoint import file_digest, write_atomically
-from errors import run
+from errors import Parser, run
 from inception import full_precision, in_chunks, load_strictly, read_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -131,6 +131,7 @@ def train(images, labels, steps=3000, batch=128, lr=2e-3):
 
 def main():
     from fid import FeatureStatistics, write_reference  # fid.py imports this file
+    Parser(prog="digits_network.py", description="Train the digits network anew.").parse_args()
     torch.set_num_threads(1)  # sums split over threads round differently; one core is quick enough
     images, labels = load_digits()
     test = held_out(labels)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from checkpoint import write_atomically
-from errors import UserError, run
+from errors import Parser, UserError, run
 from evaluation_records import records_under, table
 from presets import PRESETS
 
@@ -100,6 +100,7 @@ def filled(text):
 
 
 def main():
+    Parser(prog="readme.py", description="Fill in README.md's generated parts.").parse_args()
     text = filled(README.read_text())
     write_atomically(README, lambda temporary: temporary.write_text(text))
 

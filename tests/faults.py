@@ -359,6 +359,8 @@ CHANGES = {"os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.lin
 def audit(event, arguments):
     for watch in Watched.watching[1:]:
         paths = arguments[:CHANGES.get(event, 0)]
+        if event in ("os.remove", "os.rmdir", "os.mkdir") and arguments[-1] != -1:
+            paths = ()                              # in a folder already open: rmtree, noted there
         if event == "open":
             path, mode, flag = arguments
             writes = (flag or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
