@@ -5,6 +5,7 @@ after saving, the same command goes on; 130 interrupted before there was anythin
 """
 
 import argparse
+import errno
 import os
 import sys
 
@@ -25,6 +26,9 @@ class Parser(argparse.ArgumentParser):
 
 
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout")
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)     # not the user's mistake
 
 
 def lost_another(error):
@@ -49,6 +53,11 @@ def run(main):
               "cannot be reached; what was saved last is good, the same command goes on",
               file=sys.stderr, flush=True)
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {str(error.filename)[:200]!r}: {error.strerror}", file=sys.stderr)
+        sys.exit(1 if error.errno in DISK else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

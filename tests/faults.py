@@ -6,6 +6,7 @@ fresh Python spends its first seconds importing torch. Its signals, files and ex
 """
 
 import ast
+import getpass
 import multiprocessing
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -336,6 +338,8 @@ class Watched:
 
     def __init__(self, *allowed):
         self.allowed = [os.path.realpath(path) for path in (*allowed, "/dev", "/proc")]
+        cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        self.allowed.append(str(cache))             # torch's own, when it plans on no device
         self.outside, self.read = [], []
 
     def __enter__(self):

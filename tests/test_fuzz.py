@@ -447,7 +447,7 @@ def check_export(argv):
 
 
 def check_fid(argv):
-    run_command(fid.main, argv)
+    run_command(fid.main, ["--data", "images", "--out", "out/reference.npz", "--force", *argv])
 
 
 def check_without_flags(argv):
