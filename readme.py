@@ -90,16 +90,16 @@ def soak():
     kills, damage, ranks = r["kills"], r["damaged checkpoints"], r["dead ranks"]
     odd, hostile = r["odd folders"], r["hostile files"]
     rows = [
-        (f"SIGKILL at a random moment, {kills['during_a_write']} of them while a checkpoint was being "
-         "written; stages 1, 2, 3, SiD, GAN, regression", kills["kills"],
+        (f"SIGKILL at a random moment, {kills['during_a_write']} of them while a checkpoint was "
+         "being written; stages 1, 2, 3, SiD, GAN, regression", kills["kills"],
          f"{kills['lost']} checkpoints lost; the end bit for bit that of a run never killed"),
         ("SIGTERM, Ctrl-C at a random moment of the loop", r["stops"]["stops"],
          "exit code 3; resumed bit for bit"),
         ("a disk that fills up during a checkpoint, a grid of samples, a line of metrics",
          r["full disks"]["full_disks"], "one line, exit code 1; went on bit for bit"),
-        (f"`latest.pt` cut off ({damage['truncated']}), a bit flipped ({damage['flipped']}), emptied, "
-         "a pickle with code", sum(damage[k] for k in ("truncated", "flipped", "emptied",
-                                                       "with_code")),
+        (f"`latest.pt` cut off ({damage['truncated']}), a bit flipped ({damage['flipped']}), "
+         "emptied, a pickle with code",
+         sum(damage[k] for k in ("truncated", "flipped", "emptied", "with_code")),
          "never loaded, nothing run; `previous.pt` used, and kept"),
         ("a second process on the same folder", r["two processes"]["refused"],
          "refused while the first lived, not after"),
