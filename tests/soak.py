@@ -90,15 +90,16 @@ def kills(soak):
             command = Command("train", *soak.flags(run, more, iterations), log=soak.path("log"),
                               faults=[*slow, ("note_saves", notes)])
             time.sleep(random_.uniform(0.1, 3.0))
-            if not command.running():                   # it was done before its time came
-                assert command.wait() == 0, command.said()
+            command.process.kill()
+            code = command.wait()
+            if code == 0:                               # it was done before its time came
                 break
-            command.send(9)
-            assert command.wait() == -9
+            assert code == -9, command.said()
             here += 1
             counts["during_a_write"] += bool(list(run.rglob(".*.pt.*.tmp")))
             missing = lost(run, notes)
             assert not missing, missing
+        print(f"    {counts['kills'] + here} kills", flush=True)
         soak.finish(run, more, iterations)
         soak.same(run, more, iterations)
         counts["kills"] += here
