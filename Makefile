@@ -5,7 +5,7 @@ DEMO = runs/demo
 DEMO_TRAIN = .venv/bin/python train.py --folder $(DEMO) --evaluate-images 2000
 EMBEDDED = runs/embedded
 
-.PHONY: demo test lint assets bench clean
+.PHONY: demo test soak lint assets bench clean
 
 demo: .venv/run
 	$(DEMO_TRAIN) --stage 1 --iterations 1500 --evaluate-every 500
@@ -18,6 +18,11 @@ demo: .venv/run
 
 test: .venv/dev
 	.venv/bin/python -m pytest -q tests
+
+# The long version of the fault tests, recorded: minutes.
+soak: .venv/dev
+	OMP_NUM_THREADS=1 .venv/bin/python tests/soak.py
+	.venv/bin/python readme.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import shutil
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import write_atomically
-from errors import RunFailed, UserError, run
+from errors import Parser, RunFailed, UserError, run
 from models import sample_heun, sample_seeds
 from pretrained import fetch
 
@@ -64,8 +65,12 @@ def open_images(source, cache=None):
 
 def digits():
     """1,797 handwritten digits, 8x8, 0..16 as published, here 0..255."""
-    with np.load(DIGITS, allow_pickle=False) as file:
-        images, labels = file["images"], file["labels"].astype(np.int64)
+    try:
+        with np.load(DIGITS, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"].astype(np.int64)
+    except Exception as error:              # numpy, zipfile and zlib raise many types
+        raise UserError(f"{DIGITS} is damaged ({error}); it is part of the repository: git "
+                        "checkout brings it back") from error
     pixels = np.round(images.astype(np.float64) * 255 / 16).astype(np.uint8)[:, None]
     return Images("digits", (1, 8, 8), labels, pixels.__getitem__, 10)
 
@@ -82,8 +87,9 @@ def cifar10(path):
                         raise ValueError(f"{name} would have {member.size} bytes")
                     parts.append((member.name, archive.extractfile(member).read()))
     except Exception as error:              # tarfile, gzip and zlib raise many types
+        reason = " ".join(str(error).split())
         raise UserError(f"{path} is neither a whole zip nor CIFAR-10's binary archive: "
-                        f"{error}") from error
+                        f"{reason}") from error
     if not parts:
         raise UserError(f"{path} holds no data_batch_*.bin; wanted: cifar-10-binary.tar.gz")
     for name, part in parts:
@@ -201,6 +207,8 @@ def check_fits(images, network):
 # A part is what an interruption can cost and what one rank may wait for: at most so many pairs,
 # and about so many evaluations of the teacher.
 PAIRS_PART, PART_EVALUATIONS = 1024, 32_768
+PAIR = ("z", "y", "classes")
+ALIGNED = 64                                        # bytes, as numpy's own headers are
 
 
 def noise_image_pairs(teacher, count, steps, folder, batch, device):
@@ -224,17 +232,15 @@ def noise_image_pairs(teacher, count, steps, folder, batch, device):
             make_part(teacher, seeds, steps, files[seeds], batch, device)
         distributed.barrier()
         if distributed.rank() == 0:
-            loaded = [read_npz(file, ("z", "y", "classes")) for file in files.values()]
-            whole = {k: np.concatenate([part[k] for part in loaded]) for k in loaded[0]}
-            write_npz(path, about=about, **whole)
+            join_parts(path, about, list(files.values()), count)
         distributed.barrier()
     if distributed.rank() == 0:
         shutil.rmtree(parts, ignore_errors=True)
-    pairs = read_npz(path, ("about", "z", "y", "classes"))
-    if str(pairs["about"]) != str(about):
-        raise UserError(f"{path} was made with {pairs['about']}, this run wants {about}; "
+    made_as = read_npz(path, ("about",))["about"]
+    if str(made_as) != str(about):
+        raise UserError(f"{path} was made with {made_as}, this run wants {about}; "
                         "move it away to make new pairs")
-    return tuple(torch.from_numpy(pairs[k]) for k in ("z", "y", "classes"))
+    return tuple(map(torch.from_numpy, map_npz(path, PAIR, verify=distributed.rank() == 0)))
 
 
 def weights_digest(network):
@@ -266,6 +272,63 @@ def make_part(teacher, seeds, steps, path, batch, device):
     write_npz(path, z=np.concatenate(z), y=np.concatenate(y), classes=np.concatenate(classes))
 
 
+def join_parts(path, about, files, count):
+    """pairs.npz of the parts, one part in memory at a time; its arrays begin at whole words."""
+    def member(archive, name):
+        info = zipfile.ZipInfo(f"{name}.npy")
+        begin = archive.fp.tell() + 30 + len(info.filename) + 20 + 4    # zip64's field, then ours
+        padding = -begin % ALIGNED
+        info.extra = struct.pack("<HH", 0xD935, padding) + bytes(padding)
+        return archive.open(info, "w", force_zip64=True)
+
+    def write(temporary):
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with member(archive, "about") as file:
+                np.lib.format.write_array(file, about, allow_pickle=False)
+            for name in PAIR:
+                parts = (read_npz(path, (name,))[name] for path in files)
+                with member(archive, name) as file:
+                    for number, part in enumerate(parts):
+                        if number == 0:
+                            head = np.lib.format.header_data_from_array_1_0(part)
+                            np.lib.format.write_array_header_1_0(
+                                file, head | {"shape": (count, *part.shape[1:])})
+                        file.write(part.tobytes())
+
+    write_atomically(path, write)
+
+
+def map_npz(path, names, verify):
+    """Arrays of an npz without compression, mapped: what is not looked at costs no memory."""
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            for name in names if verify else ():
+                with archive.open(f"{name}.npy") as member:
+                    while member.read(1 << 22):             # its end compares the checksum
+                        pass
+            return [map_member(file, archive.getinfo(f"{name}.npy")) for name in names]
+    except Exception as error:              # numpy, zipfile and zlib raise many types
+        raise damaged_npz(path, error) from error
+
+
+def map_member(file, info):
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
+    file.seek(info.header_offset)
+    name, extra = struct.unpack("<26x2H", file.read(30))
+    begin = file.seek(name + extra, 1)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{info.filename} is of an unknown version")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError(f"{info.filename} holds objects")
+    start = file.tell()
+    mapped = np.memmap(file, dtype, "c", start, shape, "F" if fortran else "C")
+    if start - begin + mapped.nbytes != info.file_size:
+        raise ValueError(f"{info.filename} has {info.file_size} bytes")
+    return mapped if mapped.flags.aligned else np.array(mapped)     # of an older version
+
+
 def write_npz(path, **arrays):
     def write(temporary):
         with open(temporary, "wb") as file:
@@ -279,8 +342,11 @@ def read_npz(path, names):
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except Exception as error:              # numpy, zipfile and zlib raise many types
-        raise UserError(f"{path} is damaged ({error}); move it away, it will be made "
-                        "again") from error
+        raise damaged_npz(path, error) from error
+
+
+def damaged_npz(path, error):
+    return UserError(f"{path} is damaged ({error}); move it away, it will be made again")
 
 
 def make_digits(path=DIGITS):
@@ -295,5 +361,10 @@ def make_digits(path=DIGITS):
               labels=published.target.astype(np.uint8))
 
 
+def main():
+    Parser(prog="data.py", description="Make assets/digits.npz anew.").parse_args()
+    make_digits()
+
+
 if __name__ == "__main__":
-    run(make_digits)
+    run(main)

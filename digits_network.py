@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import trange
 
-from checkpoint import write_atomically
-from download import file_digest
-from errors import run
+from checkpoint import file_digest, write_atomically
+from errors import Parser, run
 from inception import full_precision, in_chunks, load_strictly, read_weights
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -79,7 +78,7 @@ def load_digits_network(path=WEIGHTS, device="cpu"):
     network, saved = DigitsNetwork(), read_weights(path)
     network.test_accuracy = saved.pop("test_accuracy", None)
     load_strictly(network, saved, path)
-    network.sha256 = file_digest(path, "sha256")
+    network.sha256 = file_digest(path)
     return network.eval().requires_grad_(False).to(device)
 
 
@@ -132,6 +131,7 @@ def train(images, labels, steps=3000, batch=128, lr=2e-3):
 
 def main():
     from fid import FeatureStatistics, write_reference  # fid.py imports this file
+    Parser(prog="digits_network.py", description="Train the digits network anew.").parse_args()
     torch.set_num_threads(1)  # sums split over threads round differently; one core is quick enough
     images, labels = load_digits()
     test = held_out(labels)

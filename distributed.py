@@ -27,9 +27,24 @@ def start(device=None):
                             "GPUs here")
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo",
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **meeting_place(),
                                 timeout=datetime.timedelta(minutes=30))
     return torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+
+
+def meeting_place():
+    """Where the processes find each other, if it has to be said.
+
+    After --max-restarts torchrun's store still holds the addresses of the dead:
+    each attempt gets names of its own. The attempts of several nodes are counted apart: not there.
+    """
+    env = os.environ
+    if (env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or "TORCHELASTIC_RESTART_COUNT" not in env
+            or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]):
+        return {}
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
 
 
 def finish():

@@ -5,7 +5,6 @@ the same file at once.
 """
 
 import fcntl
-import hashlib
 import os
 import sys
 import zipfile
@@ -15,7 +14,8 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from errors import UserError
+from checkpoint import file_digest, write_atomically
+from errors import RunFailed, UserError
 
 TIMEOUT = 20.0                # seconds without a connection or without data
 
@@ -223,7 +223,7 @@ def _verify(entry, path, final):
         raise _Refused("not a whole npz file")
     if entry.md5 and file_digest(path, "md5") != entry.md5:
         raise _Refused(f"its md5 is not {entry.md5}")
-    digest = file_digest(path, "sha256")
+    digest = file_digest(path)
     if not digest.startswith(entry.sha256 or ""):
         raise _Refused(f"its sha256 begins {digest[:16]}, not {entry.sha256[:16]}")
     _compare_with_first_use(digest, Path(f"{final}.sha256"))
@@ -237,26 +237,7 @@ def _compare_with_first_use(digest, record):
                        f"(delete {record} if you expect the change)")
     if not known:
         try:
-            write_atomically(record, lambda file: file.write(f"{digest}  {record.stem}\n".encode()))
-        except OSError:
+            write_atomically(record, lambda temporary: temporary.write_text(
+                f"{digest}  {record.stem}\n"))
+        except RunFailed:
             pass  # a shared folder that may only be read; a later use records it
-
-
-def file_digest(path, algorithm):
-    digest = hashlib.new(algorithm)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_atomically(path, write):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -45,9 +45,11 @@ class Conv2d(nn.Module):
             self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
             self.bias = nn.Parameter(torch.empty(outputs))
         if up or down:
-            taps = torch.tensor(resample_filter, dtype=torch.float32)
+            # On the CPU: arithmetic on the meta device would import half of torch.
+            taps = torch.tensor(resample_filter, dtype=torch.float32, device="cpu")
             kernel2d = taps.outer(taps) / taps.sum() ** 2
-            self.register_buffer("resample_filter", kernel2d[None, None])
+            self.register_buffer("resample_filter",
+                                 kernel2d[None, None].to(torch.empty(0).device))
             # The box filter is nearest doubling and 2x2 averaging, far faster than filtering.
             self.box = list(resample_filter) == [1, 1]
 

@@ -5,6 +5,7 @@ after saving, the same command goes on; 130 interrupted before there was anythin
 """
 
 import argparse
+import errno
 import os
 import sys
 
@@ -24,6 +25,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout")
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)     # not the user's mistake
+
+
+def lost_another(error):
+    """Whether this is what torch.distributed raises where another process has died or hangs."""
+    return "RANK" in os.environ and (type(error).__name__.startswith("Dist")
+                                     or any(words in str(error) for words in LOST))
+
+
 def run(main):
     """Call main() and leave with its exit code."""
     try:
@@ -33,6 +46,18 @@ def run(main):
         who = "error" if rank == "0" else f"error in process {rank}"
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        print(f"error in process {os.environ['RANK']}: another process of this run is gone or "
+              "cannot be reached; what was saved last is good, the same command goes on",
+              file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {str(error.filename)[:200]!r}: {error.strerror}", file=sys.stderr)
+        sys.exit(1 if error.errno in DISK else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

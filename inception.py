@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from download import fetch, file_digest
+from checkpoint import file_digest
+from download import fetch
 from errors import UserError
 
 # The convolutions of a block by their published names: (channels, kernel) or (channels, kernel,
@@ -245,5 +246,5 @@ def load_inception(cache=None, device="cpu", weights=None):
     path = weights or fetch("inception-2015-12-05", cache)
     network = Inception()
     load_strictly(network, read_weights(path), path)
-    network.sha256 = file_digest(path, "sha256")
+    network.sha256 = file_digest(path)
     return network.fold().to(device)

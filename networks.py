@@ -58,7 +58,8 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
         if sigmas:
             raise UserError(f"--sigmas: {source} has its own, {payload['sigmas']}; leave out the "
                             "flag")
-        network, levels = checkpoint.network_from(payload), tuple(payload["sigmas"])
+        network = checkpoint.network_from(payload, source=source)
+        levels = tuple(payload["sigmas"])
         path, known = Path(source), payload["dataset"]
     else:
         network = from_rank_zero(lambda: load_network(source, cache))
@@ -81,7 +82,7 @@ def read_ours(source):
     if Path(source).suffix != ".pt":
         return None
     try:
-        return checkpoint.load(source)
+        return checkpoint.load(source, needs=checkpoint.SAMPLED)
     except checkpoint.DamagedCheckpoint as damaged:
         try:
             load_network(source)

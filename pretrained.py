@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import download
+from checkpoint import build_network, check_plain, file_digest, write_atomically
 from download import PUBLISHED, PublishedFile, cache_folder, fetch
-from edm_networks import EDMPrecond
 from errors import UserError
 from pickle_reader import Record, UnsafePickle, read_pickle
 
@@ -36,12 +36,12 @@ def load_network(source, cache=None, device="cpu"):
             raise UserError(f"no file {path}, and no published network of that name; "
                             f"known: {', '.join(PUBLISHED_NETWORKS)}")
     if path.suffix == ".pkl":
-        config, state = _read_converted(path, digest or download.file_digest(path, "sha256"), cache)
+        config, state = _read_converted(path, digest or file_digest(path), cache)
     elif path.suffix in (".pt", ".pth", ".bin"):
         config, state = _read_plain(path)
     else:
         raise UserError(f"{path}: a network is a .pkl, .pt, .pth or .bin file")
-    return _build(config, state, path).to(device).eval()
+    return build_network(config, state, path).to(device).eval()
 
 
 def _read_converted(path, digest, cache):
@@ -54,13 +54,13 @@ def _read_converted(path, digest, cache):
 
 def _convert(path, plain):
     config, state = network_from_pickle(path)
-    _build(config, state, path)  # a network that cannot be built leaves no file
+    build_network(config, state, path)  # a network that cannot be built leaves no file
     data = {"config": config, "state": state}
     try:
         plain.parent.mkdir(parents=True, exist_ok=True)
-        download.write_atomically(plain, lambda file: torch.save(data, file))
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise UserError(f"{plain}: cannot be written: {error}") from None
+    write_atomically(plain, lambda temporary: torch.save(data, temporary))
 
 
 def _read_plain(path):
@@ -79,20 +79,6 @@ def _read_plain(path):
         raise UserError(f"{path}: {error}") from None
 
 
-def _build(config, state, path):
-    """The network around these very tensors: nothing is allocated or initialised twice."""
-    try:
-        _check_config(config)
-        with torch.device("meta"):
-            network = EDMPrecond(**config)
-        floats = {name: tensor.float() for name, tensor in state.items()}
-        network.load_state_dict(floats, strict=True, assign=True)
-    except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: its weights do not fit its configuration: {reason}") from None
-    return network
-
-
 def network_from_pickle(path, key="ema"):
     """(config, state dict) of the network that a published EDM or SiD pickle holds under `key`."""
     data = read_pickle(path)
@@ -108,10 +94,10 @@ def network_from_pickle(path, key="ema"):
         if type(args) is not tuple or len(args) > len(INIT_ARGS) or type(kwargs) is not dict:
             raise UnsafePickle("its constructor arguments cannot be read")
         config = {**dict(zip(INIT_ARGS, args)), **kwargs}
-        _check_config(config)
+        check_plain(config)
         state = {}
         _collect(network, "", state, seen=set())
-    except UnsafePickle as error:
+    except UserError as error:
         raise UnsafePickle(f"{path}: {error}") from None
     return config, state
 
@@ -120,20 +106,6 @@ def _is_persistent(value):
     """Whether value is a record of an EDM network or layer, with a state that can be read."""
     return (type(value) is Record and value.name == PERSISTENT
             and type(value.args[0].get("state")) is dict)
-
-
-def _check_config(config):
-    """Plain and small: nothing in it can make building the network run long."""
-    def plain(value):
-        return value is None or type(value) in (bool, int, float, str)
-
-    for name, value in config.items():
-        items = value if type(value) in (list, tuple) else [value]
-        if len(items) > 16 or not all(map(plain, items)):
-            raise UnsafePickle(f"constructor argument {str(name)[:40]!r} is not a plain value")
-    blocks = config.get("num_blocks", 0)
-    if type(blocks) is not int or blocks > 64:
-        raise UnsafePickle("constructor argument num_blocks is not a whole number up to 64")
 
 
 def _collect(module, prefix, state, seen):

@@ -11,7 +11,7 @@ from statistics import median
 
 import tables
 from checkpoint import write_atomically
-from errors import UserError, run
+from errors import Parser, UserError, run
 from evaluation_records import records_under, table
 from presets import PRESETS
 
@@ -173,7 +173,43 @@ def markdown(head, rows):
                       *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed,
+def soak():
+    """What the long version of the fault tests has done, and how often."""
+    r = result("soak.json")
+    kills, damage, ranks = r["kills"], r["damaged checkpoints"], r["dead ranks"]
+    odd, hostile = r["odd folders"], r["hostile files"]
+    rows = [
+        (f"SIGKILL at a random moment, {kills['during_a_write']} of them while a checkpoint was "
+         "being written; stages 1, 2, 3, SiD, GAN, regression", kills["kills"],
+         f"{kills['lost']} checkpoints lost; the end bit for bit that of a run never killed"),
+        ("SIGTERM, Ctrl-C at a random moment of the loop", r["stops"]["stops"],
+         "exit code 3; resumed bit for bit"),
+        ("a disk that fills up during a checkpoint, a grid of samples, a line of metrics",
+         r["full disks"]["full_disks"], "one line, exit code 1; went on bit for bit"),
+        (f"`latest.pt` cut off ({damage['truncated']}), a bit flipped ({damage['flipped']}), "
+         "emptied, a pickle with code",
+         sum(damage[k] for k in ("truncated", "flipped", "emptied", "with_code")),
+         "never loaded, nothing run; `previous.pt` used, and kept"),
+        ("a second process on the same folder", r["two processes"]["refused"],
+         "refused while the first lived, not after"),
+        ("a rank of torchrun killed", ranks["dead_ranks"],
+         f"the others ended within {ranks['seconds_until_the_others_ended']} s and said why; "
+         f"{ranks['restarts_that_resumed_exactly']} with `--max-restarts` resumed bit for bit"),
+        ("half a line of metrics; a moved folder; a clock set back",
+         odd["half_lines"] + odd["moved_folders"] + odd["clocks_set_back"], "nothing changed"),
+        ("hostile pickles, through the commands", hostile["hostile_pickles"],
+         "one line, exit code 2, nothing run"),
+        ("wrong answers of a server, through the commands", hostile["bad_answers_of_a_server"],
+         "one line, exit code 2, no file left"),
+        ("random files and command lines", f"{r['fuzzing']['cases']:,}",
+         "no traceback, exit codes as below, nothing written outside")]
+    lines = [f"| {what} | {count} | {then} |" for what, count, then in rows]
+    return "\n".join(["| what was done to it | times | what came of it |", "|---|---|---|", *lines,
+                      "", f"Seed {r['seed']}, {r['seconds'] / 60:.0f} minutes; torch "
+                      f"{r['versions']['torch']}, {r['versions']['device']}."])
+
+
+TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed, "soak": soak,
           "unforget": unforget, "loop": loop, "sampling_cost": sampling_cost,
           "scaling": scaling, "many_gpus": many_gpus, **tables.TABLES}
 
@@ -190,6 +226,7 @@ def filled(text):
 
 
 def main():
+    Parser(prog="readme.py", description="Fill in README.md's generated parts.").parse_args()
     text = filled(README.read_text())
     write_atomically(README, lambda temporary: temporary.write_text(text))
 

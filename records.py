@@ -274,7 +274,6 @@ class Log:
             if better:                                  # before latest.pt, which knows of it
                 save(self.folder / "best.pt", payload(self.config, roles, None, done, fid,
                                                                  scores))
-            save_latest(self.folder, whole)
             if scores:
                 flat = {f"{name}@{k}": v for k, figures in scores.items()
                         for name, v in figures.items()}
@@ -282,7 +281,8 @@ class Log:
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
                 save_samples(roles.ema, self.config.sigmas,
-                                     self.folder / "samples" / f"{done:06d}.png", self.device)
+                             self.folder / "samples" / f"{done:06d}.png", self.device)
+            save_latest(self.folder, whole)             # last: what it knows of is on the disk
         distributed.barrier()
         self.clock.go_on()
 

@@ -53,7 +53,7 @@ def starting_point(config, options):
                f"--folder {options.folder.parent} makes it" if not config.start_from else
                "the run before it has to be made first, or --start-from has to name another")
         raise UserError(f"stage {config.stage} starts from {path}, which is not there; {how}")
-    payload = checkpoint.load(path)
+    payload = checkpoint.load(path, needs=checkpoint.SAMPLED)
     if payload["dataset"] != config.dataset:
         raise UserError(f"{path} is of dataset {payload['dataset']}, this run of {config.dataset}")
     earlier = list(config.sigmas[:len(payload["sigmas"])])
@@ -68,7 +68,6 @@ def starting_point(config, options):
 
 def load_roles(config, options, device):
     """Every network once: the teacher and the previous student frozen, the average a copy."""
-    torch.manual_seed(config.seed)                       # the GAN head's first weights
     teacher, teacher_digest = load_teacher(config, options)
     begin, begin_digest = starting_point(config, options)
     network = teacher
@@ -79,6 +78,7 @@ def load_roles(config, options, device):
         network = checkpoint.network_from(begin)
     student, adapted = copy.deepcopy(network), copy.deepcopy(teacher)
     if config.gan_weight:
+        torch.manual_seed(config.seed)                   # the head's first weights
         adapted = AdaptedWithHead(adapted)
     if begin:
         bare(adapted).load_state_dict(begin["adapted"])
@@ -149,9 +149,10 @@ def bare(adapted):
 def resume(config, options, roles, optimizers):
     """Load latest.pt into the roles. Returns iterations done, best FID, whether it has no score."""
     say, folder = print if distributed.rank() == 0 else lambda text: None, options.folder
-    saved = checkpoint.load_latest(folder, say=say)         # on the CPU: no second copy on a GPU
+    needs = checkpoint.RESUMED
+    saved = checkpoint.load_latest(folder, say=say, needs=needs)    # on the CPU, not twice on a GPU
     if saved is None:
-        return 0, float("inf"), False
+        return 0, checkpoint.best_fid(folder), False
     for what, digest in saved.get("made_from", {}).items():
         if digest != roles.made_from.get(what) and not options.force:
             name = {"teacher": f"--teacher {config.teacher}",
@@ -172,4 +173,4 @@ def resume(config, options, roles, optimizers):
         for group in optimizer.param_groups:            # a flag may have changed them
             group.update(betas=config.betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")
-    return saved["iteration"], saved["best_fid"], not saved["fid"]
+    return saved["iteration"], checkpoint.best_fid(folder), not saved["fid"]

@@ -439,15 +439,11 @@ def test_pairs_made_with_an_interruption_equal_those_made_in_one_go(
 
 def test_parts_left_by_a_run_that_wanted_fewer_pairs_are_not_taken_for_whole(
         teacher, tmp_path, monkeypatch):
-    real = data.write_npz
-
-    def before_joining(path, **arrays):
-        if path.name == "pairs.npz":
-            raise Interrupted
-        real(path, **arrays)
+    def before_joining(*args):
+        raise Interrupted
 
     with monkeypatch.context() as patched:
-        patched.setattr(data, "write_npz", before_joining)
+        patched.setattr(data, "join_parts", before_joining)
         with pytest.raises(Interrupted):
             make(teacher, tmp_path / "a", count=6)              # parts of 4 and 2
     more = make(teacher, tmp_path / "a", count=12)
