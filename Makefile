@@ -8,9 +8,9 @@ EMBEDDED = runs/embedded
 .PHONY: demo test soak lint assets bench clean
 
 demo: .venv/run
-	$(DEMO_TRAIN) --stage 1 --iterations 1500 --evaluate-every 500
-	$(DEMO_TRAIN) --stage 2 --iterations 1000 --evaluate-every 500
-	$(DEMO_TRAIN) --stage 3 --iterations 500 --evaluate-every 250
+	$(DEMO_TRAIN) --stage 1 --iterations 2000 --evaluate-every 500
+	$(DEMO_TRAIN) --stage 2 --iterations 2000 --evaluate-every 500
+	$(DEMO_TRAIN) --stage 3 --iterations 1000 --evaluate-every 500
 	.venv/bin/python evaluate.py --checkpoint $(DEMO)/stage3/best.pt --steps 1 2 3 --heun 18 9 5 \
 		--n 5000 --out $(DEMO)/evaluation.json
 	.venv/bin/python sample.py --checkpoint $(DEMO)/stage3/best.pt --compare --n 10 --force \

@@ -43,6 +43,14 @@ def presets():
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
 
 
+def heldout():
+    """Loss of the digits teacher on digits that it has, and has not, been shown."""
+    curve = result("heldout.json")["curve"][3::2]
+    return markdown(["iterations", *(f"{p['iterations']:,}" for p in curve)],
+                    [[f"loss on {name} digits", *(f"{p[name]:.3f}" for p in curve)]
+                     for name in ("seen", "unseen")])
+
+
 def files():
     """Every script with the first line of what it says of itself."""
     rows = []
@@ -210,7 +218,7 @@ def soak():
 
 
 TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed, "soak": soak,
-          "unforget": unforget, "loop": loop, "sampling_cost": sampling_cost,
+          "unforget": unforget, "heldout": heldout, "loop": loop, "sampling_cost": sampling_cost,
           "scaling": scaling, "many_gpus": many_gpus, **tables.TABLES}
 
 
