@@ -25,10 +25,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
-LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout")
-
-
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)     # not the user's mistake
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout")
 
 
 def lost_another(error):
@@ -47,6 +45,10 @@ def run(main):
         print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":      # torch's, of a GPU
+            print("error: the GPU's memory is full; a smaller --batch-per-gpu needs less, and "
+                  "--dry-run says how much", file=sys.stderr, flush=True)
+            sys.exit(1)
         if not lost_another(error):
             raise
         print(f"error in process {os.environ['RANK']}: another process of this run is gone or "

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import errors
 import options
 import presets
 import records
@@ -574,3 +575,13 @@ def test_a_starting_checkpoint_is_for_one_stage():
     for stages in ([], ["--stage", 0]):
         with pytest.raises(UserError, match="--start-from is for one stage"):
             parse("--start-from", "best.pt", *stages)
+
+
+def test_a_full_gpu_is_one_line_that_says_what_needs_less(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(SystemExit) as stopped:
+        errors.run(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.count("\n") == 1 and "--batch-per-gpu" in said
