@@ -13,8 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-import errors
 import options
 import presets
 import records
@@ -582,6 +582,6 @@ def test_a_full_gpu_is_one_line_that_says_what_needs_less(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(SystemExit) as stopped:
-        errors.run(main)
+        run(main)
     said = capsys.readouterr().err
     assert stopped.value.code == 1 and said.count("\n") == 1 and "--batch-per-gpu" in said
