@@ -21,7 +21,8 @@ def draw_all():
     except ImportError:
         raise UserError("--pictures needs matplotlib (pip install matplotlib)") from None
     matplotlib.use("Agg")
-    brightness()
+    if (RESULTS / "tables" / "dm-ttur-10" / "seed0" / "metrics.jsonl").exists():
+        brightness()
     fid_by_evaluations()
     for stage in ("stage1", "stage2", "stage3"):        # of the embedded student
         draw_curves(RESULTS / "embedded" / stage)
