@@ -41,7 +41,7 @@ assets: .venv/run
 
 # The figures of the README's section on speed; on a machine with nothing else to do.
 BENCH = .venv/bin/python bench.py
-CIFAR10 = $(BENCH) --dataset cifar10 --batch 8 --warm-up 1 --repeats 2
+CIFAR10 = $(BENCH) --dataset cifar10 --batch 8 --warm-up 1 --repeats 1
 bench: .venv/run
 	$(BENCH) --iterations 10 --repeats 7 --json results/bench-digits-sid.json
 	$(BENCH) --loss dm --what train memory --iterations 10 --repeats 7 \

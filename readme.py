@@ -95,6 +95,11 @@ def speed():
                         for what, figure, script in rows)])
 
 
+def number(value):
+    """Three digits, or all of them before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def benchmarks():
     """Every run of every bench.py record, by dataset, stage and loss."""
     records = [json.loads(path.read_text()) for path in (HERE / "results").glob("bench-*.json")]
@@ -115,7 +120,7 @@ def loop():
                          f"{one['stage']}, {one['loss']}",
                          f"{e['median']:.2f} ({e['least']:.2f} to {e['most']:.2f})",
                          f"{t['seconds_of_an_iteration']['median']:.2f}",
-                         f"{t['images_a_second']:.3g}", parts,
+                         number(t["images_a_second"]), parts,
                          f"{100 * share['clipping and AdamW']:.0f}", f"{m['plan_mib']:,.0f}",
                          f"{m['tensors_against_plan']:.2f}", f"{m['process_against_plan']:.2f}",
                          "not measured"])
@@ -133,10 +138,10 @@ def sampling_cost():
             s, f = one["sampling"], one["scoring"]
             steps = [s[k] for k in ("1 step", "2 steps", "3 steps")]
             rows.append([f"{one['dataset']}, stage {one['stage']}", str(s["batch"]),
-                         ", ".join(f"{v['images_a_second']:.3g}" for v in steps),
+                         ", ".join(number(v["images_a_second"]) for v in steps),
                          ", ".join(f"{v['time_against_forwards']['median']:.2f}" for v in steps),
-                         f"{s['teacher, Heun, 18 steps']['images_a_second']:.3g}",
-                         f"{f['features_a_second']:.3g}", f"{f['frechet_seconds']:.2g}",
+                         number(s["teacher, Heun, 18 steps"]["images_a_second"]),
+                         number(f["features_a_second"]), f"{f['frechet_seconds']:.2g}",
                          f"{100 * f['share_of_training']:.0f}%", "not measured"])
     head = ["network", "batch", "images a second at 1, 2, 3 steps", "time / single forwards",
             "teacher, 18 Heun steps", "feature images a second", "one Frechet distance, s",
