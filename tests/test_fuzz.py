@@ -6,6 +6,7 @@ and a check for each reader and each command; a check raises where the promise i
 
 import contextlib
 import functools
+import gzip
 import io
 import itertools
 import json
@@ -15,6 +16,7 @@ import random
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
@@ -200,6 +202,17 @@ def npz(**arrays):
     return content.getvalue()
 
 
+def tarred(members):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, value in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(value)
+            archive.addfile(info, io.BytesIO(value))
+    return content.getvalue()
+
+
+GOOD_TAR = tarred({"data_batch_1.bin": bytes(3073), "data_batch_2.bin": b"\5" + bytes(3072)})
 LABELS = json.dumps({"labels": [["a/1.png", 1], ["2.png", 0]]}).encode()
 GOOD_ZIP = zipped({"a/1.png": png_bytes(1), "2.png": png_bytes(2), "dataset.json": LABELS},
                   zipfile.ZIP_DEFLATED)
@@ -478,7 +491,7 @@ FUZZED = {
                        lambda content: refused_or(all_images, "a.zip", content)),
     "folder: any files": (FILES, check_folder),
     "PNG: damaged": (damaged(png_bytes(6)), lambda content: check_folder({"1.png": content})),
-    "tar: damaged": (damaged(GOOD_ZIP[:60] + bytes(2000)),
+    "tar: damaged": (st.one_of(damaged(GOOD_TAR), damaged(gzip.compress(GOOD_TAR, mtime=0))),
                      lambda content: refused_or(all_images, "a.tar.gz", content)),
     "reference: damaged": (damaged(GOOD_REFERENCE), check_reference),
     "images npz: damaged": (damaged(GOOD_IMAGES), check_images_npz),
