@@ -214,7 +214,7 @@ def check_plain(config):
 
 def main(argv):
     """python checkpoint.py runs/.../best.pt assets/digits-student.pt: only what sampling needs."""
-    if len(argv) != 2 or Path(argv[1]).suffix != ".pt" or "\0" in "".join(argv):
+    if len(argv) != 2 or Path(argv[1]).suffix != ".pt":
         raise UserError("usage: python checkpoint.py BEST.pt OUT.pt")
     names = ("dataset", "method", "stage", "sigmas", "network", "iteration", "fid", "ema")
     payload = load(argv[0], needs=names)

@@ -236,18 +236,21 @@ def main():
     parser.add_argument("--data", required=True, help="digits, a CIFAR-10 archive, folder or zip")
     parser.add_argument("--out", required=True, help="the npz to write: mu and sigma")
     parser.add_argument("--batch", type=int, default=64, help="images read at a time")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cache", help="folder of downloaded weights")
     parser.add_argument("--inception", help="file with the Inception weights (default: downloaded)")
     parser.add_argument("--force", action="store_true", help="replace --out if it exists")
     args = parser.parse_args()
+    if Path(args.out).suffix != ".npz" or Path(args.out).is_dir():
+        raise UserError(f"--out {args.out}: must be the name of an .npz file")
     if Path(args.out).exists() and not args.force:
         raise UserError(f"--out {args.out} exists; --force replaces it")
     if not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: no such folder")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: must be at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no CUDA device here; cpu works")
 
     from data import open_images  # training imports this file and needs no real images

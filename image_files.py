@@ -97,7 +97,8 @@ def open_npz(path):
             classes = file["arr_1"] if "arr_1" in file.files else None
     except Exception as error:  # noqa: BLE001 - zip, zlib and numpy raise many types
         raise UserError(f"{path}: not an npz of images arr_0 ({error})") from None
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3):
+    if (pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3)
+            or 0 in pixels.shape):                      # a million millions of them take no room
         raise UserError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}; wanted: uint8 "
                         "[N,H,W,1 or 3]")
     if classes is not None and (classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu"

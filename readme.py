@@ -202,7 +202,7 @@ def soak():
         (f"`latest.pt` cut off ({damage['truncated']}), a bit flipped ({damage['flipped']}), "
          "emptied, a pickle with code",
          sum(damage[k] for k in ("truncated", "flipped", "emptied", "with_code")),
-         "never loaded, nothing run; `previous.pt` used, and kept"),
+         "never loaded, nothing run; `previous.pt` used, the end bit for bit the same"),
         ("a second process on the same folder", r["two processes"]["refused"],
          "refused while the first lived, not after"),
         ("a rank of torchrun killed", ranks["dead_ranks"],

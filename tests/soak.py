@@ -10,16 +10,16 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import sys
 import tempfile
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import faults
-import hypothesis
-import test_fuzz
 from faults import (GAN, ROOT, STAGE_1, Command, SmallDisk, differences, ended, finished, flags,
                     lost, one_line, outcome, until)
 from test_download import Server
@@ -30,6 +30,7 @@ import hostile_pickles
 import records
 
 KILLS, DAMAGES, STOPS, CASES = 30, 50, 5, 10_000
+ROOM = 4 << 30                          # bytes that all of the fuzzing may take more than it has
 # Cases of a reader or command in the soak; the others share what is missing to CASES.
 FEWER = {"train.py": 60, "train.py --dry-run": 120, "evaluate.py": 250, "sample.py": 400,
          "checkpoints: right checksum": 300, "weights: damaged": 300, "scripts without flags": 150}
@@ -281,6 +282,9 @@ def bad_servers(soak, good, ran):
 
 def fuzzing(soak):
     """Random files and command lines: no traceback, exit codes as promised, nothing outside."""
+    import test_fuzz                                # here: processes that are killed need it not
+    limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     counts, many = {}, [name for name in test_fuzz.FUZZED if name not in FEWER]
     cases = (CASES - sum(FEWER.values())) // len(many) * 11 // 10        # it may stop early
     for name in test_fuzz.FUZZED:
@@ -313,7 +317,7 @@ def main():
     if not args.part:
         record |= {"seed": args.seed, "seconds": round(time.monotonic() - began),
                    "versions": records.versions() | {"python": sys.version.split()[0],
-                                                     "hypothesis": hypothesis.__version__}}
+                                                     "hypothesis": version("hypothesis")}}
         text = json.dumps(record, indent=1) + "\n"
         checkpoint.write_atomically(ROOT / "results" / "soak.json",
                                     lambda temporary: temporary.write_text(text))
