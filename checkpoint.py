@@ -180,7 +180,7 @@ class Undrawn(TorchFunctionMode):
     """Draws no first weights: on the meta device that would only import half of torch."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0] if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
+        return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def build_network(config, state, source):
