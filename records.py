@@ -163,12 +163,16 @@ def draw_curves(folder, say=print):
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C asks the loop to finish its iteration, save and leave with exit code 3."""
+    """A signal asks the loop to finish its iteration, save and leave with exit code 3.
+
+    SIGTERM, Ctrl-C, and a terminal that is closed (unless nohup has it ignored).
+    """
 
     def __init__(self):
         self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         if self.received and number == signal.SIGINT:       # a second Ctrl-C: at once
@@ -242,6 +246,7 @@ class Log:
         values = distributed.mean_over_ranks(values)            # the one wait for the device
         for (step, name), value in zip(names, values):
             if not math.isfinite(value):
+                self.bar.close()
                 raise RunFailed(f"iteration {step}: {name} is {value}; this update was not made "
                                 "and nothing saved, the last checkpoint is good; go on from it "
                                 "with --force and a lower --learning-rate")
@@ -290,7 +295,7 @@ class Log:
         self.bar.close()
         if self.first:
             print(f"{self.stop.received or 'another rank'}: saved after {done} iterations; the "
-                  "same command goes on")
+                  "same command goes on", flush=True)
         return 3
 
     def finish(self):

@@ -148,7 +148,12 @@ def bare(adapted):
 
 def resume(config, options, roles, optimizers):
     """Load latest.pt into the roles. Returns iterations done, best FID, whether it has no score."""
-    say, folder = print if distributed.rank() == 0 else lambda text: None, options.folder
+    folder = options.folder
+
+    def say(text):
+        if distributed.rank() == 0:
+            print(text, flush=True)
+
     needs = checkpoint.RESUMED
     saved = checkpoint.load_latest(folder, say=say, needs=needs)    # on the CPU, not twice on a GPU
     if saved is None:
@@ -162,14 +167,20 @@ def resume(config, options, roles, optimizers):
     with_head = isinstance(roles.adapted, AdaptedWithHead)
     if saved["network"] != roles.student.config or with_head != ("head" in saved):
         raise UserError(f"{folder} holds a run of another architecture; choose another --folder")
-    roles.student.load_state_dict(saved["student"])
-    roles.ema.load_state_dict(saved["ema"])
+    networks = {"student": roles.student, "ema": roles.ema}
     if roles.adapted is not None:
-        bare(roles.adapted).load_state_dict(saved["adapted"])
+        networks["adapted"] = bare(roles.adapted)
     if with_head:
-        roles.adapted.head.load_state_dict(saved["head"])
-    for optimizer, state in zip(optimizers, saved["optimizers"]):
-        optimizer.load_state_dict(state)
+        networks["head"] = roles.adapted.head
+    try:
+        for name, network in networks.items():
+            network.load_state_dict(saved[name])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} holds a checkpoint whose weights do not fit its own "
+                        "architecture; choose another --folder") from None
+    for optimizer in optimizers:
         for group in optimizer.param_groups:            # a flag may have changed them
             group.update(betas=config.betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")

@@ -199,6 +199,33 @@ def test_a_signal_between_two_stages_is_not_lost(teacher, tmp_path):
     assert not (tmp_path / "stage3").exists()
 
 
+def test_a_closed_terminal_stops_a_run_unless_nohup_has_it_ignored():
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        records.StopSignal()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = records.StopSignal()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received == "SIGHUP"
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def test_weights_that_do_not_fit_are_refused_in_one_line(teacher, tmp_path):
+    run = flags(teacher, tmp_path, "--stage", "1", iterations=2)
+    train.main(run)
+    latest = tmp_path / "stage1" / "latest.pt"
+    saved = checkpoint.load(latest)
+    for name, wrong in (("adapted", {"nothing": torch.zeros(2)}), ("optimizers", [])):
+        checkpoint.save(latest, saved | {name: wrong})
+        with pytest.raises(UserError, match="weights do not fit"):
+            train.main(run)
+
+
 def test_a_run_resumes_only_from_what_it_was_begun_with(teacher, tmp_path):
     run = flags(teacher, tmp_path, "--stage", "2", iterations=2)
     train.main(flags(teacher, tmp_path, "--stage", "1", iterations=2))
