@@ -69,11 +69,12 @@ def progress(run, out, columns=2):
     strips, labels = [], []
     for stage in sorted(run.glob("stage[1-9]")):
         files = sorted((stage / "samples").glob("*.png"))
-        for file in files[:: max(1, len(files) // 4)]:
+        for file in (files[0], files[len(files) // 2], files[-1]):
             picture = np.asarray(Image.open(file))
             cells = np.split(picture[1:], 10)           # a row of the grid for each class
             width = (picture.shape[1] - 1) // 8 * columns
-            strips.append(np.concatenate([cell[:, :width] for cell in cells], axis=1))
-            labels.append(f"{stage.name}, {int(file.stem):,}")
+            strip = np.concatenate([cell[:, :width] for cell in cells], axis=1)
+            strips.append(np.pad(strip, ((0, 5), (0, 0)), constant_values=255))
+            labels.append(f"stage {stage.name[-1]}, iteration {int(file.stem):,}")
     picture = Image.fromarray(np.concatenate(strips))
     save_png(add_row_labels(picture, labels, len(strips), strips[0].shape[0], 0, 255), out)

@@ -147,9 +147,13 @@ def draw_curves(folder, say=print):
                          "student_gradient", "adapted_gradient", "image_mean", "image_spread")
              if any(n in line for line in lines)]
     fids = sorted({n for line in lines for n in line if "FID" in n})
-    figure, axes = plt.subplots(1, len(names) + bool(fids), squeeze=False,
-                                figsize=(3 * (len(names) + bool(fids)), 2.6), layout="constrained")
-    for axis, group in zip(axes[0], [[n] for n in names] + [fids] * bool(fids)):
+    groups = [[n] for n in names] + [fids] * bool(fids)
+    rows = -(-len(groups) // 4)
+    figure, axes = plt.subplots(rows, 4, squeeze=False, figsize=(12, 2.3 * rows),
+                                layout="constrained")
+    for axis in axes.flat[len(groups):]:
+        axis.axis("off")
+    for axis, group in zip(axes.flat, groups):
         for name in group:
             points = [(line["iteration"], line[name]) for line in lines if name in line]
             axis.plot(*zip(*points), label=name, marker="." if "FID" in name else None, linewidth=1)
