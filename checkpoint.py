@@ -46,6 +46,14 @@ def file_digest(path, algorithm="sha256", length=None):
     return digest.hexdigest()
 
 
+def weights_digest(state):
+    """Of the names and values of a state dict, whatever file they stand in."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def sync_folder(folder):
     """Flush a rename to the disk."""
     handle = os.open(folder, os.O_RDONLY)

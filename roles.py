@@ -19,10 +19,7 @@ HERE = Path(__file__).parent
 
 
 def load_teacher(config, options):
-    """A published network, a file in one of the published formats, or a stage 0 of ours.
-
-    With it the digest of its file.
-    """
+    """A published network, a file in one of the published formats, or a stage 0 of ours."""
     source = config.teacher
     if source not in PUBLISHED_NETWORKS:
         source = Path(source) if Path(source).exists() else HERE / source
@@ -38,16 +35,16 @@ def load_teacher(config, options):
         raise UserError(f"--teacher {config.teacher} makes images of {made['img_resolution']} "
                         f"pixels and {made['img_channels']} channels, {config.dataset} has "
                         f"{wanted['img_resolution']} and {wanted['img_channels']}")
-    return opened.network, checkpoint.file_digest(opened.path)
+    return opened.network
 
 
 def starting_point(config, options):
-    """The checkpoint that a later stage starts from, and its digest; None for the teacher."""
+    """The checkpoint that a later stage starts from, or None for the teacher."""
     path = Path(config.start_from) if config.start_from else None
     if path is None and config.method == "pmdd" and config.stage > 1:
         path = options.folder.parent / f"stage{config.stage - 1}" / "best.pt"
     if path is None:
-        return None, None
+        return None
     if not path.is_file():
         how = (f"python train.py --dataset {config.dataset} --stage {config.stage - 1} "
                f"--folder {options.folder.parent} makes it" if not config.start_from else
@@ -63,15 +60,17 @@ def starting_point(config, options):
     if "adapted" not in payload:
         raise UserError(f"{path} holds a student but no adapted network; start from a best.pt of "
                         "a run")
-    return payload, checkpoint.file_digest(path)
+    return payload
 
 
 def load_roles(config, options, device):
     """Every network once: the teacher and the previous student frozen, the average a copy."""
-    teacher, teacher_digest = load_teacher(config, options)
-    begin, begin_digest = starting_point(config, options)
+    teacher = load_teacher(config, options)
+    begin = starting_point(config, options)
+    made_from = {"teacher": checkpoint.weights_digest(teacher.state_dict())}
     network = teacher
     if begin:
+        made_from["start"] = checkpoint.weights_digest(begin["ema"])
         if begin["network"] != teacher.config:
             raise UserError(f"the checkpoint that stage {config.stage} starts from has another "
                             f"architecture than the teacher {config.teacher}")
@@ -100,7 +99,7 @@ def load_roles(config, options, device):
             if options.compile:
                 role.compile()
     return SimpleNamespace(teacher=teacher, previous=previous, student=student, adapted=adapted,
-                           ema=ema, made_from={"teacher": teacher_digest, "start": begin_digest})
+                           ema=ema, made_from=made_from)
 
 
 def make_trainable(network):
@@ -162,8 +161,8 @@ def resume(config, options, roles, optimizers):
         if digest != roles.made_from.get(what) and not options.force:
             name = {"teacher": f"--teacher {config.teacher}",
                     "start": "the checkpoint that this stage starts from"}[what]
-            raise UserError(f"{name} is another file than when {folder} was begun; put it back, "
-                            "choose another --folder, or go on all the same with --force")
+            raise UserError(f"{name} holds other weights than when {folder} was begun; put them "
+                            "back, choose another --folder, or go on all the same with --force")
     with_head = isinstance(roles.adapted, AdaptedWithHead)
     if saved["network"] != roles.student.config or with_head != ("head" in saved):
         raise UserError(f"{folder} holds a run of another architecture; choose another --folder")

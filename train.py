@@ -24,6 +24,7 @@ from losses import (denoising_loss, dm_loss, edm_loss, gan_adapted_loss, gan_stu
                     regression_loss, sid_loss, unforget_loss)
 from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sigma_grid,
                     sigma_lognormal, sigma_sid, update_ema)
+from noise_pairs import noise_image_pairs
 from options import parse
 from plan import report
 from presets import NETWORKS
@@ -226,15 +227,14 @@ def set_rate(config, step, *optimizers):
 def real_images(config, options, teacher, device):
     """What the GAN and regression terms need, else None: the only use of the data module."""
     real = pairs = distance = None
-    if config.gan_weight or config.regression_weight:
-        import data
     if config.gan_weight:
+        import data
         real = data.open_images(options.data, options.cache)
         data.check_fits(real, teacher)
     if config.regression_weight:
         distance = perceptual_distance(config, options, device)
-        pairs = data.noise_image_pairs(teacher, config.regression_pairs, config.regression_steps,
-                                       options.folder, options.batch_per_gpu, device)
+        pairs = noise_image_pairs(teacher, config.regression_pairs, config.regression_steps,
+                                  options.folder, options.batch_per_gpu, device)
     return real, pairs, distance
 
 

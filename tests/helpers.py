@@ -10,6 +10,7 @@ import torch
 
 import checkpoint
 import errors
+import noise_pairs
 from edm_networks import EDMPrecond
 from presets import DIGITS_NETWORK, PMDD_SIGMAS
 
@@ -36,6 +37,10 @@ def save_student(path, steps=3, dataset="digits", seed=0, **changes):
         "sigmas": list(PMDD_SIGMAS[:steps]), "network": network.config,
         "ema": network.state_dict()})
     return network
+
+
+def read_pairs(path):
+    return noise_pairs.read_npz(path, ("about",)), noise_pairs.map_npz(path, noise_pairs.PAIR, True)
 
 
 def call(monkeypatch, script, *args):

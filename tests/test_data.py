@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import data
+import noise_pairs
 from errors import UserError
 from helpers import small_network
 from models import SeededNoise, sample_heun
@@ -374,13 +375,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def teacher(monkeypatch):
-    monkeypatch.setattr(data, "PAIRS_PART", 4)
+    monkeypatch.setattr(noise_pairs, "PAIRS_PART", 4)
     return small_network(model_channels=8)
 
 
 def make(teacher, folder, count=10, steps=3, batch=2):
     folder.mkdir(exist_ok=True)
-    return data.noise_image_pairs(teacher, count, steps, folder, batch, CPU)
+    return noise_pairs.noise_image_pairs(teacher, count, steps, folder, batch, CPU)
 
 
 def test_a_pair_is_the_noise_of_its_seed_and_what_the_teacher_makes_of_it(teacher, tmp_path):
@@ -413,7 +414,7 @@ class Interrupted(BaseException):
 def test_pairs_made_with_an_interruption_equal_those_made_in_one_go(
         teacher, tmp_path, monkeypatch, parts):
     whole = make(teacher, tmp_path / "whole")
-    real, made = data.make_part, []
+    real, made = noise_pairs.make_part, []
 
     def interrupted(teacher, seeds, *rest):
         if len(made) == parts:
@@ -422,13 +423,14 @@ def test_pairs_made_with_an_interruption_equal_those_made_in_one_go(
         real(teacher, seeds, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(data, "make_part", interrupted)
+        patched.setattr(noise_pairs, "make_part", interrupted)
         with pytest.raises(Interrupted):
             make(teacher, tmp_path / "twice")
     # What a killed process was writing stays behind, and counts for nothing.
     (tmp_path / "twice" / "pairs" / ".8-9-3.npz.1.tmp").write_bytes(b"half a file")
     remade = []
-    monkeypatch.setattr(data, "make_part", lambda *args: (remade.append(args[1]), real(*args)))
+    monkeypatch.setattr(noise_pairs, "make_part",
+                        lambda *args: (remade.append(args[1]), real(*args)))
     twice = make(teacher, tmp_path / "twice")
     assert made + remade == [range(0, 4), range(4, 8), range(8, 10)]
     assert all(torch.equal(a, b) for a, b in zip(whole, twice))
@@ -443,7 +445,7 @@ def test_parts_left_by_a_run_that_wanted_fewer_pairs_are_not_taken_for_whole(
         raise Interrupted
 
     with monkeypatch.context() as patched:
-        patched.setattr(data, "join_parts", before_joining)
+        patched.setattr(noise_pairs, "join_parts", before_joining)
         with pytest.raises(Interrupted):
             make(teacher, tmp_path / "a", count=6)              # parts of 4 and 2
     more = make(teacher, tmp_path / "a", count=12)
@@ -455,7 +457,7 @@ def test_pairs_are_kept_and_used_again_and_never_for_another_count_or_another_sa
     first = make(teacher, tmp_path)
     stamp = (tmp_path / "pairs.npz").stat().st_mtime_ns
     with monkeypatch.context() as patched:
-        patched.setattr(data, "make_part", None)                # nothing may be made
+        patched.setattr(noise_pairs, "make_part", None)                # nothing may be made
         assert all(torch.equal(a, b) for a, b in zip(first, make(teacher, tmp_path)))
     for other in (dict(count=11), dict(steps=4)):
         with pytest.raises(UserError, match="move it away to make new pairs") as caught:
@@ -526,7 +528,7 @@ def test_a_damaged_part_says_to_move_it_away(teacher, tmp_path, monkeypatch):
 
 def test_two_processes_share_the_parts_and_make_the_same_pairs(teacher, tmp_path, monkeypatch):
     alone = make(teacher, tmp_path / "alone")
-    real, made = data.make_part, {0: [], 1: []}
+    real, made = noise_pairs.make_part, {0: [], 1: []}
     monkeypatch.setattr(data.distributed, "world_size", lambda: 2)
 
     class AtTheBarrier(BaseException):
@@ -541,7 +543,7 @@ def test_two_processes_share_the_parts_and_make_the_same_pairs(teacher, tmp_path
             if rank:
                 raise AtTheBarrier
 
-        monkeypatch.setattr(data, "make_part", part)
+        monkeypatch.setattr(noise_pairs, "make_part", part)
         monkeypatch.setattr(data.distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(data.distributed, "barrier", barrier)
         if rank:

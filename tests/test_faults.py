@@ -25,7 +25,7 @@ import pytest
 import torch
 from faults import (GAN, ROOT, STAGE_1, Command, SmallDisk, Watched, differences, ended, finished,
                     flags, lost, one_line, outcome, until)
-from helpers import save_student
+from helpers import read_pairs, save_student
 from PIL import Image
 from test_download import Server
 
@@ -33,6 +33,7 @@ import checkpoint
 import data
 import fid
 import image_files
+import noise_pairs
 import pretrained
 from errors import UserError
 
@@ -409,7 +410,7 @@ READERS = {
         np.zeros((2, 8, 8, 1), np.uint8))}, lambda path: image_files.open_npz(path).take([0, 1])),
     "pairs": (hostile_zip, "pairs.npz", {f"{name}.npy": array_bytes(np.zeros((2, 1, 8, 8)))
                                          for name in ("about", "z", "y", "classes")},
-              lambda path: (data.read_npz(path, ("about",)), data.map_npz(path, data.PAIR, True))),
+              read_pairs),
 }
 
 
@@ -465,22 +466,25 @@ def test_pairs_cost_the_memory_of_one_part_to_join_and_none_to_open(tmp_path):
     for number in range(count):
         files.append(tmp_path / f"{number}.npz")
         z = np.random.default_rng(number).standard_normal((size, 1, 8, 8)).astype(np.float32)
-        data.write_npz(files[-1], z=z, y=z.astype(np.float16), classes=np.arange(size) + number)
+        noise_pairs.write_npz(files[-1], z=z, y=z.astype(np.float16),
+                              classes=np.arange(size) + number)
     part, path = size * (64 * 6 + 8), tmp_path / "pairs.npz"
     tracemalloc.start()
     try:
-        data.join_parts(path, np.array("about"), files, count * size)
+        noise_pairs.join_parts(path, np.array("about"), files, count * size)
         joining = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        z, y, classes = data.map_npz(path, data.PAIR, verify=False)
+        z, y, classes = noise_pairs.map_npz(path, noise_pairs.PAIR, verify=False)
         opening = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert path.stat().st_size > count * part and joining < 4 * part and opening < part / 2
-    assert all(x.flags.aligned and x.ctypes.data % data.ALIGNED == 0 for x in (z, y, classes))
+    assert all(x.flags.aligned and x.ctypes.data % noise_pairs.ALIGNED == 0
+               for x in (z, y, classes))
     with np.load(path, allow_pickle=False) as file:             # numpy reads it as well
         assert str(file["about"]) == "about"
-        assert all(np.array_equal(file[name], x) for name, x in zip(data.PAIR, (z, y, classes)))
+        assert all(np.array_equal(file[name], x)
+                   for name, x in zip(noise_pairs.PAIR, (z, y, classes)))
     assert np.array_equal(classes[::size], np.arange(count))
 
 
@@ -488,20 +492,20 @@ def test_pairs_of_another_layout_are_read_or_refused(tmp_path):
     arrays = {"z": np.ones((3, 1, 2, 2), np.float32), "y": np.ones((3, 1, 2, 2), np.float16),
               "classes": np.arange(3)}
     path = tmp_path / "pairs.npz"
-    data.write_npz(path, **arrays)                              # not aligned: an older version's
-    for name, x in zip(data.PAIR, data.map_npz(path, data.PAIR, verify=True)):
+    noise_pairs.write_npz(path, **arrays)               # not aligned: an older version's
+    for name, x in zip(noise_pairs.PAIR, noise_pairs.map_npz(path, noise_pairs.PAIR, verify=True)):
         assert np.array_equal(x, arrays[name]) and x.flags.aligned
     np.savez_compressed(path, **arrays)
     with pytest.raises(UserError, match="pairs.npz is damaged .*compressed.* move it away"):
-        data.map_npz(path, data.PAIR, verify=True)
+        noise_pairs.map_npz(path, noise_pairs.PAIR, verify=True)
     with zipfile.ZipFile(path, "w") as archive:
-        for name in data.PAIR:
+        for name in noise_pairs.PAIR:
             content = io.BytesIO()
             np.lib.format.write_array_header_1_0(
                 content, {"descr": "|O", "fortran_order": False, "shape": (2,)})
             archive.writestr(f"{name}.npy", content.getvalue() + struct.pack("<2Q", 1, 2))
     with pytest.raises(UserError, match="holds objects"):       # addresses of the file's choosing
-        data.map_npz(path, data.PAIR, verify=True)
+        noise_pairs.map_npz(path, noise_pairs.PAIR, verify=True)
 
 
 def test_the_embedded_digits_say_how_to_bring_them_back(tmp_path, monkeypatch):
