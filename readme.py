@@ -103,8 +103,10 @@ def number(value):
 def benchmarks():
     """Every run of every bench.py record, by dataset, stage and loss."""
     records = [json.loads(path.read_text()) for path in (HERE / "results").glob("bench-*.json")]
-    return sorted((one for record in records for one in record.get("runs", ())),
-                  key=lambda one: (one["dataset"] != "digits", one["stage"], one["loss"]))
+    runs = [one | {"threads": record["threads"]} for record in records
+            for one in record.get("runs", ())]
+    return sorted(runs, key=lambda one: (one["dataset"] != "digits", one["threads"], one["stage"],
+                                         one["loss"]))
 
 
 def loop():
@@ -116,7 +118,7 @@ def loop():
             e, share = t["loop_efficiency"], t["share_of_time"]
             parts = ", ".join(f"{100 * share[k]:.0f}" for k in (
                 "roll-out", "student update", "adapted update", "EMA", "the rest"))
-            rows.append([f"{one['dataset']}, batch {one['batch']}",
+            rows.append([f"{one['dataset']}, batch {one['batch']}", str(one["threads"]),
                          f"{one['stage']}, {one['loss']}",
                          f"{e['median']:.2f} ({e['least']:.2f} to {e['most']:.2f})",
                          f"{t['seconds_of_an_iteration']['median']:.2f}",
@@ -124,9 +126,9 @@ def loop():
                          f"{100 * share['clipping and AdamW']:.0f}", f"{m['plan_mib']:,.0f}",
                          f"{m['tensors_against_plan']:.2f}", f"{m['process_against_plan']:.2f}",
                          "not measured"])
-    head = ["network", "stage, loss", "loop efficiency", "seconds an iteration", "images a second",
-            "% in roll-out, student, adapted, EMA, rest", "% in clipping and AdamW",
-            "plan, MiB", "tensors / plan", "process / plan", "on a GPU"]
+    head = ["network", "threads", "stage, loss", "loop efficiency", "seconds an iteration",
+            "images a second", "% in roll-out, student, adapted, EMA, rest",
+            "% in clipping and AdamW", "plan, MiB", "tensors / plan", "process / plan", "on a GPU"]
     return markdown(head, rows)
 
 
@@ -137,13 +139,15 @@ def sampling_cost():
         if "sampling" in one and "share_of_training" in one.get("scoring", {}):
             s, f = one["sampling"], one["scoring"]
             steps = [s[k] for k in ("1 step", "2 steps", "3 steps")]
-            rows.append([f"{one['dataset']}, stage {one['stage']}", str(s["batch"]),
+            rows.append([f"{one['dataset']}, stage {one['stage']}", str(one["threads"]),
+                         str(s["batch"]),
                          ", ".join(number(v["images_a_second"]) for v in steps),
                          ", ".join(f"{v['time_against_forwards']['median']:.2f}" for v in steps),
                          number(s["teacher, Heun, 18 steps"]["images_a_second"]),
                          number(f["features_a_second"]), f"{f['frechet_seconds']:.2g}",
                          f"{100 * f['share_of_training']:.0f}%", "not measured"])
-    head = ["network", "batch", "images a second at 1, 2, 3 steps", "time / single forwards",
+    head = ["network", "threads", "batch", "images a second at 1, 2, 3 steps",
+            "time / single forwards",
             "teacher, 18 Heun steps", "feature images a second", "one Frechet distance, s",
             "evaluation / training", "on a GPU"]
     return markdown(head, rows)

@@ -67,7 +67,8 @@ def distill(config, options, device, stop):
         set_rate(config, step, student_opt, adapted_opt)
 
         # Generate images from the inputs of this stage; on its turn, update the student.
-        adapted.requires_grad_(not student_turn)        # the gradient passes through, not into it
+        if student_turn:
+            adapted.requires_grad_(False)               # the gradient passes through, not into it
         for part in parts:
             with distributed.sync_gradients(student_ddp, part is parts[-1]), autocast():
                 # Roll out the inputs x_t1..x_tn and the images of the earlier steps (PMDD Eq. 7)
