@@ -120,7 +120,7 @@ def loop():
                 "roll-out", "student update", "adapted update", "EMA", "the rest"))
             rows.append([f"{one['dataset']}, batch {one['batch']}", str(one["threads"]),
                          f"{one['stage']}, {one['loss']}",
-                         f"{e['median']:.2f} ({e['least']:.2f} to {e['most']:.2f})",
+                         f"{e['median']:.3f} ({e['least']:.3f} to {e['most']:.3f})",
                          f"{t['seconds_of_an_iteration']['median']:.2f}",
                          number(t["images_a_second"]), parts,
                          f"{100 * share['clipping and AdamW']:.0f}", f"{m['plan_mib']:,.0f}",
