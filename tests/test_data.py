@@ -513,7 +513,7 @@ def bomb_array(folder):
 
 def test_a_damaged_part_says_to_move_it_away(teacher, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(data.distributed, "barrier", lambda: (_ for _ in ()).throw(Interrupted()))
+        patched.setattr(noise_pairs.distributed, "barrier", lambda: (_ for _ in ()).throw(Interrupted()))
         with pytest.raises(Interrupted):
             make(teacher, tmp_path)
     (part,) = (tmp_path / "pairs").glob("4-7-3-*.npz")
@@ -529,7 +529,7 @@ def test_a_damaged_part_says_to_move_it_away(teacher, tmp_path, monkeypatch):
 def test_two_processes_share_the_parts_and_make_the_same_pairs(teacher, tmp_path, monkeypatch):
     alone = make(teacher, tmp_path / "alone")
     real, made = noise_pairs.make_part, {0: [], 1: []}
-    monkeypatch.setattr(data.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(noise_pairs.distributed, "world_size", lambda: 2)
 
     class AtTheBarrier(BaseException):
         pass
@@ -544,8 +544,8 @@ def test_two_processes_share_the_parts_and_make_the_same_pairs(teacher, tmp_path
                 raise AtTheBarrier
 
         monkeypatch.setattr(noise_pairs, "make_part", part)
-        monkeypatch.setattr(data.distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(data.distributed, "barrier", barrier)
+        monkeypatch.setattr(noise_pairs.distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(noise_pairs.distributed, "barrier", barrier)
         if rank:
             with pytest.raises(AtTheBarrier):
                 make(teacher, tmp_path / "shared")
