@@ -513,7 +513,8 @@ def bomb_array(folder):
 
 def test_a_damaged_part_says_to_move_it_away(teacher, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(noise_pairs.distributed, "barrier", lambda: (_ for _ in ()).throw(Interrupted()))
+        patched.setattr(noise_pairs.distributed, "barrier",
+                        lambda: (_ for _ in ()).throw(Interrupted()))
         with pytest.raises(Interrupted):
             make(teacher, tmp_path)
     (part,) = (tmp_path / "pairs").glob("4-7-3-*.npz")
