@@ -3,6 +3,7 @@
     python tables.py                    make every run that results/tables does not have yet
     python tables.py --only dmd2 --seeds 0
     python tables.py --pictures         results/*.png of them (needs matplotlib)
+    python tables.py --again --only pmdd-1 --seeds 0        make it once more and compare
 
 Each run is one command of train.py and one of evaluate.py, on one thread; its small files are kept
 under results/tables/<run>/seed<k>/, its checkpoints under runs/tables.
@@ -22,10 +23,11 @@ import numpy as np
 
 from errors import Parser, RunFailed, UserError, run
 from evaluation_records import read_records
-from records import read_metrics
+from records import read_json, read_metrics, write_json
 
 HERE = Path(__file__).resolve().parent
 KEPT, WORK = Path("results/tables"), Path("runs/tables")
+AGAIN = Path("runs/tables-again")       # what is made a second time, to be compared
 SEEDS = (0, 1, 2)
 ITERATIONS = 1500                       # of a stage; n steps trained together have n times as many
 IMAGES = 20_000                         # of each figure
@@ -85,25 +87,28 @@ HEUN = "evaluate.py --dataset digits --heun 1 2 3 18 --repeats 3"
 
 # ---- Running ----
 
-def commands(name, seed):
+def commands(name, seed, kept=KEPT, work=WORK):
     """What makes a run and its figures, as a person would type it."""
-    row, folder = RUNS[name], WORK / name / f"seed{seed}"
-    start = f" --start-from {best(row.after, seed)}" if row.after else ""
-    figures = KEPT / name / f"seed{seed}" / "evaluation.json"
+    row, folder = RUNS[name], work / name / f"seed{seed}"
+    start = f" --start-from {best(row.after, seed, work)}" if row.after else ""
+    figures = kept / name / f"seed{seed}" / "evaluation.json"
     return [f"python train.py {row.flags}{start} --iterations {row.stages * ITERATIONS} {COMMON} "
             f"--seed {seed} --folder {folder}",
-            f"python evaluate.py --checkpoint {best(name, seed)} --n {IMAGES} --out {figures}"]
+            f"python evaluate.py --checkpoint {best(name, seed, work)} --n {IMAGES} "
+            f"--out {figures}"]
 
 
-def best(name, seed):
-    return WORK / name / f"seed{seed}" / f"stage{RUNS[name].stage}" / "best.pt"
+def best(name, seed, work=WORK):
+    return work / name / f"seed{seed}" / f"stage{RUNS[name].stage}" / "best.pt"
 
 
-def make(name, seed, needed):
+def make(name, seed, needed, places):
     """Run, unless its figures are there from the same commands; keep the small files."""
     if needed:
         needed.result()
-    kept, text = HERE / KEPT / name / f"seed{seed}", "\n".join(commands(name, seed)) + "\n"
+    kept, work = places
+    text = "\n".join(commands(name, seed, *places)) + "\n"
+    kept = HERE / kept / name / f"seed{seed}"
     if (kept / "evaluation.json").exists() and (kept / "commands.txt").read_text() == text:
         return
     kept.mkdir(parents=True, exist_ok=True)
@@ -116,35 +121,59 @@ def make(name, seed, needed):
             raise RunFailed(f"{command}: exit code {done.returncode}: {done.stderr[-500:]}")
         (kept / "commands.txt").write_text(text)
     for file in ("config.json", "metrics.jsonl"):
-        shutil.copy(HERE / best(name, seed).with_name(file), kept / file)
+        shutil.copy(HERE / best(name, seed, work).with_name(file), kept / file)
     print(f"{name}, seed {seed}: {(time.monotonic() - began) / 60:.1f} minutes, "
-          f"digits-FID {figure(name, seed):.3f}", flush=True)
+          f"digits-FID {figure(name, seed, kept=places[0]):.3f}", flush=True)
 
 
-def make_all(names, seeds, jobs):
+def make_all(names, seeds, jobs, *places):
     with ThreadPoolExecutor(jobs) as pool:
         started = {}
         for seed in seeds:                                  # whole tables of one seed first
             for name in names:
                 if seed in RUNS[name].seeds:
                     needed = started.get((RUNS[name].after, seed))
-                    started[name, seed] = pool.submit(make, name, seed, needed)
+                    started[name, seed] = pool.submit(make, name, seed, needed, places)
         failed = [str(one.exception()) for one in started.values() if one.exception()]
     if failed:
         raise RunFailed(failed[0])
+
+
+def make_teacher_rows():
     if not (HERE / KEPT / "teacher.json").exists():
         subprocess.run([sys.executable, *HEUN.split(), "--n", str(IMAGES), "--out",
                         str(KEPT / "teacher.json")], cwd=HERE, check=True)
 
 
+def make_again(names, seeds, jobs):
+    """A second time, in a folder of its own; what is equal to the record is recorded too."""
+    shutil.rmtree(HERE / AGAIN, ignore_errors=True)
+    make_all(names, seeds, jobs, AGAIN / "kept", AGAIN / "work")
+    found = [{"run": name, "seed": seed,
+              **{what: read(name, seed, KEPT) == read(name, seed, AGAIN / "kept")
+                 for what, read in (("figures", all_figures), ("metrics", all_metrics))}}
+             for name in names for seed in seeds if seed in RUNS[name].seeds]
+    write_json(HERE / KEPT / "again.json", found)
+
+
+def all_figures(name, seed, kept):
+    path = HERE / kept / name / f"seed{seed}" / "evaluation.json"
+    return [(entry["evaluations"], entry["figures"]) for entry in read_records(path)]
+
+
+def all_metrics(name, seed, kept):
+    """Every line of the run's log, but for its speed."""
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")}
+            for line in read_metrics(HERE / kept / name / f"seed{seed}" / "metrics.jsonl")]
+
+
 # ---- Figures ----
 
-def figure(name, seed, steps=None, what="digits-FID"):
+def figure(name, seed, steps=None, what="digits-FID", kept=KEPT):
     """A figure at its own number of steps, or at fewer."""
-    steps = steps or RUNS[name].stage
-    for entry in read_records(HERE / KEPT / name / f"seed{seed}" / "evaluation.json"):
-        if entry["evaluations"] == steps:
-            return entry["figures"][what]["mean"]
+    for evaluations, figures in all_figures(name, seed, kept):
+        if evaluations == (steps or RUNS[name].stage):
+            return figures[what]["mean"]
     raise UserError(f"{KEPT / name} has no figures at {steps} steps")
 
 
@@ -287,8 +316,17 @@ def weightings():
                      row("Eq. 8", "dmd", 1, "2.66")])
 
 
+def again():
+    """What was made a second time."""
+    path = HERE / KEPT / "again.json"
+    words = {True: "equal to the last digit", False: "differs"}
+    return markdown(["run", "seed", "figures at every number of steps", "every line of its log"],
+                    [[f"`{one['run']}`", str(one["seed"]), words[one["figures"]],
+                      words[one["metrics"]]] for one in (read_json(path) if path.exists() else [])])
+
+
 TABLES = {f.__name__: f for f in (methods, steps, budgets, two_step_ablation, unforget_weights,
-                                  ttur, weightings)}
+                                  ttur, weightings, again)}
 
 
 # ---- Command ----
@@ -300,6 +338,8 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(),
                         help="runs at the same time, a thread each (default: one a core)")
+    parser.add_argument("--again", action="store_true",
+                        help="make the runs a second time and compare them with the recorded ones")
     parser.add_argument("--pictures", action="store_true",
                         help="draw results/*.png and run nothing")
     args = parser.parse_args()
@@ -309,8 +349,11 @@ def main():
     if args.pictures:
         from plots import draw_all
         draw_all()
+    elif args.again:
+        make_again(args.only, args.seeds, args.jobs)
     else:
-        make_all(args.only, args.seeds, args.jobs)
+        make_all(args.only, args.seeds, args.jobs, KEPT, WORK)
+        make_teacher_rows()
     return 0
 
 
