@@ -32,6 +32,8 @@ assets: .venv/run
 	OMP_NUM_THREADS=1 .venv/bin/python train.py --folder $(EMBEDDED) --stage 0
 	.venv/bin/python checkpoint.py $(EMBEDDED)/stage0/best.pt assets/digits-teacher.pt
 	OMP_NUM_THREADS=1 .venv/bin/python train.py --folder $(EMBEDDED)
+	for k in 0 1 2 3; do mkdir -p results/embedded/stage$$k && cp $(EMBEDDED)/stage$$k/config.json \
+		$(EMBEDDED)/stage$$k/metrics.jsonl results/embedded/stage$$k; done
 	.venv/bin/python checkpoint.py $(EMBEDDED)/stage3/best.pt assets/digits-student.pt
 	.venv/bin/python evaluate.py --dataset digits --runs none --steps 1 2 3 --heun 18 --repeats 3 \
 		--out results/embedded/evaluation.json

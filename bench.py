@@ -48,7 +48,7 @@ from fid import feature_network, frechet_distance
 from inception import Inception
 from lpips import LPIPS
 from models import SeededNoise, level, sample_every_step, sample_heun
-from networks import in_parallel, prepare, sample_block, seed_blocks
+from networks import in_parallel, prepare, sample_block, seed_blocks, set_precision
 from presets import NETWORKS, PMDD_SIGMAS, UNCONDITIONAL, Preset
 from records import Log, write_json
 from scoring import HEUN_STEPS
@@ -351,7 +351,9 @@ def memory_of(job, answer):
     On a GPU both are what torch's allocator counts.
     """
     cuda = job.device.type == "cuda"
-    set_precision(job.options)
+    set_precision(job.options.precision)
+    if not cuda:
+        distributed.keep_freed_memory()
     small = EDMPrecond(**NETWORKS["digits"])            # torch loads much at its first use
     x, sigma, y = random_inputs(small, 2, "cpu")
     train.adamw(small, job.config).step(lambda: small(x, sigma, y).sum().backward())
@@ -495,12 +497,6 @@ def check(args, rows):
         raise UserError(f"--what {' '.join(args.what)}: under torchrun train alone is measured")
 
 
-def set_precision(options):
-    torch.backends.cuda.matmul.allow_tf32 = options.precision != "fp32"
-    torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
-    torch.backends.cudnn.benchmark = True
-
-
 def measure(args, preset, config, options, device):
     """One row's figures."""
     what = args.what or PARTS[:1 if options.world_size > 1 else None]
@@ -551,7 +547,8 @@ def main(argv=None):
     rows = train_options.parse(rest)
     check(args, rows)
     device = distributed.start(rows[0][2].device)
-    set_precision(rows[0][2])
+    set_precision(rows[0][2].precision)
+    torch.backends.cudnn.benchmark = True
     report = {"command": " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)]),
               "torch": torch.__version__, "threads": torch.get_num_threads(),
               "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -80,6 +81,14 @@ def write_atomically(path, write):
     finally:
         with contextlib.suppress(OSError):      # gone by its rename, or the disk is beyond writing
             temporary.unlink()
+
+
+def write_arrays(path, **arrays):
+    def write(temporary):
+        with open(temporary, "wb") as file:     # np.savez would add .npz to a name
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
 
 
 def save(path, payload):

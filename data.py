@@ -1,7 +1,6 @@
 """Real images.
 
-Only DMD2's GAN, stage 0 and references need this file: PMDD, SiD and DMD2 without GAN never import
-it.
+Only DMD2's GAN, stage 0 and references need this file: distillation without a GAN never imports it.
 """
 
 import io
@@ -14,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from checkpoint import write_arrays
+from digits_network import load_digits
 from errors import Parser, UserError, run
-from noise_pairs import write_npz
-from pretrained import fetch
+from download import fetch
 
 DIGITS = Path(__file__).parent / "assets" / "digits.npz"
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -60,13 +60,11 @@ def open_images(source, cache=None):
 def digits():
     """1,797 handwritten digits, 8x8, 0..16 as published, here 0..255."""
     try:
-        with np.load(DIGITS, allow_pickle=False) as file:
-            images, labels = file["images"], file["labels"].astype(np.int64)
+        pixels, labels = load_digits(DIGITS)
     except Exception as error:              # numpy, zipfile and zlib raise many types
         raise UserError(f"{DIGITS} is damaged ({error}); it is part of the repository: git "
                         "checkout brings it back") from error
-    pixels = np.round(images.astype(np.float64) * 255 / 16).astype(np.uint8)[:, None]
-    return Images("digits", (1, 8, 8), labels, pixels.__getitem__, 10)
+    return Images("digits", (1, 8, 8), labels.numpy(), pixels.numpy().__getitem__, 10)
 
 
 def cifar10(path):
@@ -204,7 +202,7 @@ def make_digits(path=DIGITS):
         raise UserError("making assets/digits.npz needs scikit-learn: "
                         "pip install scikit-learn") from None
     published = load_digits()
-    write_npz(path, images=published.images.astype(np.uint8),
+    write_arrays(path, images=published.images.astype(np.uint8),
               labels=published.target.astype(np.uint8))
 
 

@@ -38,7 +38,9 @@ def lost_another(error):
 def run(main):
     """Call main() and leave with its exit code."""
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
     except (UserError, RunFailed) as error:
         rank = os.environ.get("RANK", "0")                  # it may be only this process's
         who = "error" if rank == "0" else f"error in process {rank}"
@@ -54,6 +56,9 @@ def run(main):
         print(f"error in process {os.environ['RANK']}: another process of this run is gone or "
               "cannot be reached; what was saved last is good, the same command goes on",
               file=sys.stderr, flush=True)
+        sys.exit(1)
+    except BrokenPipeError:                                 # of `train.py --dry-run | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         if error.filename is None:

@@ -28,7 +28,7 @@ from figures import MANIFOLD, NEIGHBOURS, Judge, progress
 from image_files import open_npz
 from models import first_sigmas, sample_every_step, sample_heun
 from networks import (ASSETS, Parser, from_rank_zero, open_student, open_teacher, prepare,
-                      sample_block, say, seed_blocks, shown)
+                      sample_block, say, seed_blocks, shown, steps_text)
 from records import versions
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
@@ -180,10 +180,6 @@ def images_job(args):
         return [indices[k:k + 64] for k in range(0, len(indices), 64)]
 
     return Job([("images", 0)], images.shape, args.dataset, task, [protocol], n, blocks, path)
-
-
-def steps_text(n):
-    return f"{n} step{'s' * (n > 1)}"
 
 
 # ---- Scoring ----

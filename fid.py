@@ -233,7 +233,8 @@ def squared_distances(a, b):
 
 def main():
     parser = Parser(prog="fid.py", description="Make reference statistics of a set of images.")
-    parser.add_argument("--data", required=True, help="digits, a CIFAR-10 archive, folder or zip")
+    parser.add_argument("--data", required=True,
+                        help="digits, cifar10 (downloaded), an archive, folder or zip")
     parser.add_argument("--out", required=True, help="the npz to write: mu and sigma")
     parser.add_argument("--batch", type=int, default=64, help="images read at a time")
     parser.add_argument("--device", choices=("cpu", "cuda"),

@@ -13,7 +13,7 @@ from errors import UserError
 from fid import (FeatureStatistics, InceptionScore, all_reduce, feature_network, frechet_distance,
                  precision_recall, read_reference)
 from networks import ASSETS, from_rank_zero, in_parallel, shown
-from pretrained import fetch
+from download import fetch
 
 REFERENCES = {"cifar10": "fid-cifar10-32x32", "imagenet64": "fid-imagenet-64x64",
               "ffhq64": "fid-ffhq-64x64", "afhqv2-64": "fid-afhqv2-64x64"}

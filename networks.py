@@ -14,10 +14,11 @@ from torch import nn
 import checkpoint
 import distributed
 import errors
+from download import PUBLISHED, cache_folder
 from errors import UserError
 from models import sample_seeds, to_uint8
 from presets import TEACHERS, UNCONDITIONAL
-from pretrained import PUBLISHED_NETWORKS, fetch, load_network
+from pretrained import PUBLISHED_NETWORKS, load_network
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
@@ -63,7 +64,7 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
         path, known = Path(source), payload["dataset"]
     else:
         network = from_rank_zero(lambda: load_network(source, cache))
-        path = fetch(str(source), cache) if published else Path(source)
+        path = cache_folder(cache) / PUBLISHED[str(source)].name if published else Path(source)
         known = next((name for part, name in DATASETS.items() if part in path.name), None)
         if teacher or published or path.name.startswith("edm-"):
             levels = ()
@@ -158,6 +159,10 @@ def open_teacher(args, student=None):
     return opened
 
 
+def steps_text(n):
+    return f"{n} step{'s' * (n > 1)}"
+
+
 def say(text):
     if distributed.rank() == 0:
         print(text, flush=True)
@@ -165,8 +170,12 @@ def say(text):
 
 # ---- Sampling. On CPU an image has the same bits in any company and on any number of cores. ----
 
-def prepare(network, device, precision="fp32", compiled=False):
+def set_precision(precision):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def prepare(network, device, precision="fp32", compiled=False):
+    set_precision(precision)
     network.to(device).requires_grad_(False)
     if device.type == "cuda" and precision != "fp32":       # the layout of tensor cores
         network.to(memory_format=torch.channels_last)

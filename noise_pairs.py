@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from checkpoint import weights_digest, write_atomically
+from checkpoint import weights_digest, write_arrays, write_atomically
 from errors import RunFailed, UserError
 from models import sample_heun, sample_seeds
 
@@ -21,7 +21,7 @@ PAIR = ("z", "y", "classes")
 ALIGNED = 64                                        # bytes, as numpy's own headers are
 
 
-def noise_image_pairs(teacher, count, steps, folder, batch, device):
+def noise_image_pairs(teacher, count, steps, folder, batch, device, stop):
     """z [N,C,H,W] and images y [N,C,H,W] float16, classes [N]: made once, kept in pairs.npz.
 
     Pair i comes from seed i, in parts that survive an interruption; the ranks share the parts.
@@ -40,6 +40,10 @@ def noise_image_pairs(teacher, count, steps, folder, batch, device):
         for seeds in tqdm(mine, desc="noise-image pairs", unit="part",
                           disable=distributed.rank() > 0):
             make_part(teacher, seeds, steps, files[seeds], batch, device)
+            if stop.received:
+                print(f"{stop.received}: the pairs made so far are kept; the same command goes on",
+                      flush=True)
+                raise SystemExit(3)
         distributed.barrier()
         if distributed.rank() == 0:
             join_parts(path, about, list(files.values()), count)
@@ -72,7 +76,7 @@ def make_part(teacher, seeds, steps, path, batch, device):
         images, label = sample_seeds(teacher, chunk, sampler, device=device)
         y.append(images.cpu().half().numpy())
         classes.append(np.zeros(len(chunk), np.int64) if label is None else label.cpu().numpy())
-    write_npz(path, z=np.concatenate(z), y=np.concatenate(y), classes=np.concatenate(classes))
+    write_arrays(path, z=np.concatenate(z), y=np.concatenate(y), classes=np.concatenate(classes))
 
 
 def join_parts(path, about, files, count):
@@ -130,14 +134,6 @@ def map_member(file, info):
     if start - begin + mapped.nbytes != info.file_size:
         raise ValueError(f"{info.filename} has {info.file_size} bytes")
     return mapped if mapped.flags.aligned else np.array(mapped)     # of an older version
-
-
-def write_npz(path, **arrays):
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-
-    write_atomically(path, write)
 
 
 def read_npz(path, names):

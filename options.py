@@ -13,7 +13,7 @@ from presets import Config, find
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how a run is computed; nothing here changes what it computes, but for rounding."""
+    """Where and how it is computed; but for rounding, data, reference, inception alone matter."""
     folder: Path
     data: str
     reference: str | None
@@ -129,8 +129,8 @@ def check(config):
                 "dm or sid, unless there is a GAN or regression term")
         previous = config.trained_step == "last" and (config.method == "pmdd" or config.start_from)
         require(not config.unforget_weight or previous, "unforget_weight",
-                "0 where there is no previous student (--trained-step random, or --stage 2 and 3 "
-                "of a method that trains its steps together)")
+                "0, unless a student of an earlier stage takes part: --method pmdd or "
+                "--start-from, and --trained-step last")
         require(not config.regression_weight or config.regression_pairs >= 1, "regression_pairs",
                 "at least 1 with --regression-weight")
 

@@ -26,7 +26,11 @@ def draw_all():
     fid_by_evaluations()
     for stage in ("stage1", "stage2", "stage3"):        # of the embedded student
         draw_curves(RESULTS / "embedded" / stage)
-    progress(HERE / "runs" / "embedded", RESULTS / "progress.png")
+    runs = HERE / "runs" / "embedded"                   # of `make assets`
+    if any(runs.glob("stage[1-9]/samples/*.png")):
+        progress(runs, RESULTS / "progress.png")
+    else:
+        print(f"no new progress.png: {runs} has no samples; make assets makes them")
 
 
 def brightness():

@@ -30,7 +30,8 @@ def option(default, text, choices=None):
 class Config:
     """Everything that decides what a run computes; each field is a flag of train.py."""
     dataset: str = option("digits", "what is distilled", ("digits", "cifar10", "imagenet64"))
-    method: str = option("pmdd", "which row of the papers", ("pmdd", "dmd", "dmd2", "sid"))
+    method: str = option("pmdd", "its losses, TTUR and schedule as published",
+                         ("pmdd", "dmd", "dmd2", "sid"))
     stage: int = option(1, "steps of the student; 0 trains a teacher with EDM's loss")
     teacher: str = option("", "published name, or file, of the pretrained denoiser")
     start_from: str = option("", "checkpoint whose student and adapted network start this run; "
@@ -40,12 +41,14 @@ class Config:
                                        "drawn at random (DMD2 with several)", ("last", "random"))
     loss: str = option("sid", "student loss; none leaves only the extra terms",
                        ("dm", "sid", "none"))
-    alpha: float = option(1.2, "SiD's alpha")
-    dm_weighting: str = option("eq8", "weight w_t of DMD Table 2", ("eq8", "sigma", "sigma3"))
+    alpha: float = option(1.2, "alpha of the sid loss")
+    dm_weighting: str = option("eq8", "weight of dm's gradient: eq8 is 1 / mean |x0 - teacher|, "
+                                      "the others are of DMD Table 2", ("eq8", "sigma", "sigma3"))
     unforget_weight: float = option(0.0, "beta of PMDD Eq. 9")
     external_sampling: bool = option(True, "inputs from the frozen previous student (PMDD Table 6)")
     gan_weight: float = option(0.0, "DMD2's GAN term in the student's loss; 0: no GAN")
-    gan_adapted_weight: float = option(1e-2, "GAN term in the adapted network's loss")
+    gan_adapted_weight: float = option(1e-2, "discriminator's weight in the adapted network's "
+                                             "loss, where there is a GAN")
     regression_weight: float = option(0.0, "lambda of DMD's regression term; 0: none")
     regression_pairs: int = option(0, "noise-image pairs that the teacher makes for it")
     regression_steps: int = option(18, "Heun steps for each of these pairs")
@@ -58,11 +61,13 @@ class Config:
     betas: tuple = option((0.9, 0.999), "AdamW's")
     weight_decay: float = option(0.01, "AdamW's")
     clip: float = option(10.0, "largest L2 norm of a gradient; 0: no limit")
-    ema_halflife: int = option(500_000, "images after which the average student has half forgotten")
-    evaluate_every: int = option(1000, "iterations between evaluations")
+    ema_halflife: int = option(500_000, "images of student updates after which the average student "
+                                        "has half forgotten")
+    evaluate_every: int = option(1000, "iterations between evaluations; 0: none, and best.pt is "
+                                       "the newest")
     evaluate_images: int = option(50_000, "images of an evaluation")
     save_every: int = option(1000, "iterations between checkpoints")
-    seed: int = option(0, "of everything random")
+    seed: int = option(0, "seed of all random draws")
 
 
 @dataclass(frozen=True)
@@ -196,11 +201,11 @@ PRESETS = {
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
                 evaluate_every=10_000),
-        "EDM Table 7, without its augmentation", "8 V100", None, network=CIFAR10_NETWORK),
+        "EDM Table 7, without augmentation and ramp-up", "8 V100", None, network=CIFAR10_NETWORK),
     ("imagenet64", "pmdd", 0, ""): Preset(
         replace(IMAGENET64, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
                 ema_halflife=50_000_000, evaluate_every=10_000),
-        "EDM Table 7", "32 A100", None, network=IMAGENET64_NETWORK),
+        "EDM Table 7, without ramp-up", "32 A100", None, network=IMAGENET64_NETWORK),
 }
 
 

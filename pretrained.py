@@ -9,15 +9,10 @@ from pathlib import Path
 
 import torch
 
-import download
 from checkpoint import build_network, check_plain, file_digest, write_atomically
-from download import PUBLISHED, PublishedFile, cache_folder, fetch
+from download import PUBLISHED, cache_folder, fetch_with_digest
 from errors import UserError
 from pickle_reader import Record, UnsafePickle, read_pickle
-
-__all__ = ["PUBLISHED", "PUBLISHED_NETWORKS", "PublishedFile", "UnsafePickle", "cache_folder",
-           "config_from_state_dict", "fetch", "generator_state", "load_network",
-           "network_from_pickle", "read_pickle"]
 
 PUBLISHED_NETWORKS = tuple(n for n, entry in PUBLISHED.items() if entry.name.endswith(".pkl"))
 INIT_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max",
@@ -29,7 +24,7 @@ MODULE_DICT = "torch.nn.modules.container ModuleDict"
 def load_network(source, cache=None, device="cpu"):
     """EDMPrecond in eval mode from a published name, a .pkl, or a .pt, .pth or .bin state dict."""
     if str(source) in PUBLISHED_NETWORKS:
-        path, digest = download.fetch_with_digest(str(source), cache)
+        path, digest = fetch_with_digest(str(source), cache)
     else:
         path, digest = Path(source), None
         if not path.is_file():

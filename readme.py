@@ -14,6 +14,7 @@ from checkpoint import write_atomically
 from errors import Parser, UserError, run
 from evaluation_records import records_under, table
 from presets import PRESETS
+from tables import markdown
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -90,7 +91,7 @@ def speed():
          f"bf16 {passes['bf16']['ratio_to_fp32']:.2f}, "
          f"channels_last {passes['channels_last']['ratio_to_fp32']:.2f}",
          "measure_sampling_speed.py")]
-    return "\n".join(["| what | measured on 2 CPU cores | by |", "|---|---|---|",
+    return "\n".join([f"| what | measured on {sampling['cores']} CPU cores | by |", "|---|---|---|",
                       *(f"| {what} | {figure} | `results/{script}` |"
                         for what, figure, script in rows)])
 
@@ -103,17 +104,25 @@ def number(value):
 def benchmarks():
     """Every run of every bench.py record, by dataset, stage and loss."""
     records = [json.loads(path.read_text()) for path in (HERE / "results").glob("bench-*.json")]
-    runs = [one | {"threads": record["threads"]} for record in records
-            for one in record.get("runs", ())]
+    runs = [one | {"threads": record["threads"], "device": record["device"]}
+            for record in records for one in record.get("runs", ())]
     return sorted(runs, key=lambda one: (one["dataset"] != "digits", one["threads"], one["stage"],
                                          one["loss"]))
+
+
+def on_gpu(one, what, say):
+    """The same preset where it was measured on a GPU."""
+    same = [run for run in benchmarks() if run["device"] != "cpu" and what in run and all(
+        run[k] == one[k] for k in ("dataset", "method", "stage", "loss"))]
+    return "; ".join(f"{run['device']}, {run['precision']}: {say(run[what])}"
+                     for run in same) or "not measured"
 
 
 def loop():
     """Training against its passes limit, from the records of bench.py."""
     rows = []
     for one in benchmarks():
-        if "training" in one and "memory" in one:
+        if one["device"] == "cpu" and "training" in one and "memory" in one:
             t, m = one["training"], one["memory"]
             e, share = t["loop_efficiency"], t["share_of_time"]
             parts = ", ".join(f"{100 * share[k]:.0f}" for k in (
@@ -125,7 +134,8 @@ def loop():
                          number(t["images_a_second"]), parts,
                          f"{100 * share['clipping and AdamW']:.0f}", f"{m['plan_mib']:,.0f}",
                          f"{m['tensors_against_plan']:.2f}", f"{m['process_against_plan']:.2f}",
-                         "not measured"])
+                         on_gpu(one, "training", lambda t: f"{number(t['images_a_second'])}, "
+                                f"efficiency {t['loop_efficiency']['median']:.3f}")])
     head = ["network", "threads", "stage, loss", "loop efficiency", "seconds an iteration",
             "images a second", "% in roll-out, student, adapted, EMA, rest",
             "% in clipping and AdamW", "plan, MiB", "tensors / plan", "process / plan", "on a GPU"]
@@ -136,7 +146,8 @@ def sampling_cost():
     """Sampling and scoring, from the records of bench.py."""
     rows = []
     for one in benchmarks():
-        if "sampling" in one and "share_of_training" in one.get("scoring", {}):
+        if (one["device"] == "cpu" and "sampling" in one
+                and "share_of_training" in one.get("scoring", {})):
             s, f = one["sampling"], one["scoring"]
             steps = [s[k] for k in ("1 step", "2 steps", "3 steps")]
             rows.append([f"{one['dataset']}, stage {one['stage']}", str(one["threads"]),
@@ -145,7 +156,9 @@ def sampling_cost():
                          ", ".join(f"{v['time_against_forwards']['median']:.2f}" for v in steps),
                          number(s["teacher, Heun, 18 steps"]["images_a_second"]),
                          number(f["features_a_second"]), f"{f['frechet_seconds']:.2g}",
-                         f"{100 * f['share_of_training']:.0f}%", "not measured"])
+                         f"{100 * f['share_of_training']:.0f}%",
+                         on_gpu(one, "sampling", lambda s: number(s["1 step"]["images_a_second"])
+                                + " images a second at 1 step")])
     head = ["network", "threads", "batch", "images a second at 1, 2, 3 steps",
             "time / single forwards",
             "teacher, 18 Heun steps", "feature images a second", "one Frechet distance, s",
@@ -183,11 +196,6 @@ def scaling():
         rows.append([name, ", ".join(str(p[name]) for p in points), ", ".join(
             f"{1e3 * p['seconds_of_an_iteration']:.0f}" for p in points), curve["bound"]])
     return markdown(["against", "at", "ms an iteration", "bound by"], rows)
-
-
-def markdown(head, rows):
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head),
-                      *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def soak():

@@ -43,18 +43,20 @@ def open_run(folder, config, options):
     for leftover in folder.glob(".*.tmp"):                  # of a run killed while it saved
         leftover.unlink(missing_ok=True)
     now, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
+    how = {k: v if v is None else str(v) for k, v in vars(options).items()}
     started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()
     if path.exists() and started and not options.force:
-        before = read_json(path)
-        before = before.get("config") if isinstance(before, dict) else None
-        if not isinstance(before, dict):
+        made = read_json(path)
+        before, before_how = ((made.get("config"), made.get("options"))
+                              if isinstance(made, dict) else (None, None))
+        if not (isinstance(before, dict) and isinstance(before_how, dict)):
             raise UserError(f"{path} holds no configuration of a run; --force writes a new one")
-        changed = [f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in now
-                   if before.get(k) != now[k]]
+        wanted = now | {k: how[k] for k in ("data", "reference", "inception")}
+        changed = [f"{k} (was {was.get(k)!r}, now {wanted[k]!r})" for k in wanted
+                   for was in [before if k in now else before_how] if was.get(k) != wanted[k]]
         if changed:
             raise UserError(f"{folder} was started with another preset: {', '.join(changed)}; "
                             "--force goes on all the same, another --folder starts afresh")
-    how = {k: v if v is None else str(v) for k, v in vars(options).items()}
     write_json(path, {"config": now, "options": how, "versions": versions()})
     distributed.barrier()
     return lock
@@ -188,7 +190,7 @@ class Clock:
     """Images per second since the last reading, and the seconds that are left at that pace."""
 
     def __init__(self, batch):
-        self.batch, self.images, self.seconds, self.since = batch, 0, 0.0, time.monotonic()
+        self.batch, self.seconds, self.since = batch, 0.0, time.monotonic()
 
     def pause(self):
         self.seconds += time.monotonic() - self.since
@@ -247,7 +249,7 @@ class Log:
         """The last figures, mean over the processes; stops the run if any since was not finite."""
         names = [(step, name) for step, figures in self.untold for name in figures]
         values = torch.stack([v.float() for _, figures in self.untold for v in figures.values()])
-        values = distributed.mean_over_ranks(values)            # the one wait for the device
+        values = distributed.mean_over_ranks(values)            # the first wait for the device
         for (step, name), value in zip(names, values):
             if not math.isfinite(value):
                 self.bar.close()
@@ -270,10 +272,11 @@ class Log:
         self.bar.set_postfix(loss=f"{figures.get('distill', figures['denoising']):.3g}",
                              brightness=f"{figures['image_mean']:.3f}", best=f"{self.best_fid:.4g}")
 
-    def save(self, roles, optimizers, done, scores):
+    def save(self, roles, optimizers, done, scorer=None):
         if self.untold:
             self.read()                                 # nothing that is not finite is saved
         self.clock.pause()
+        scores = scorer.score(roles.ema, self.config.sigmas) if scorer else {}
         own = str(self.config.stage) if self.config.stage else "heun"
         fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
         better = fid < self.best_fid or not self.config.evaluate_every

@@ -20,7 +20,7 @@ from errors import UserError, run
 from image_files import write_folder, write_npz, write_zip
 from models import first_sigmas, sample_every_step, sample_heun, sample_student
 from networks import (Parser, check_sigmas, gathered, open_student, open_teacher, prepare,
-                      sample_block, say, seed_blocks)
+                      sample_block, say, seed_blocks, steps_text)
 from pictures import grid, save_png
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
@@ -184,10 +184,6 @@ def heun_row(opened, steps):
 
 def last_only(*inputs, sigmas):
     return [sample_student(*inputs, sigmas=sigmas)]
-
-
-def steps_text(n):
-    return f"{n} step{'s' * (n > 1)}"
 
 
 def draw_block(seeds, rows, labels, device, precision):

@@ -335,7 +335,8 @@ def main():
     parser = Parser(prog="tables.py", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="RUN", default=list(RUNS),
                         help=f"these runs alone: {', '.join(RUNS)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="K",
+                        help="of training (default: 0 1 2)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(),
                         help="runs at the same time, a thread each (default: one a core)")
     parser.add_argument("--again", action="store_true",

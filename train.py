@@ -24,6 +24,7 @@ from losses import (denoising_loss, dm_loss, edm_loss, gan_adapted_loss, gan_stu
                     regression_loss, sid_loss, unforget_loss)
 from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sigma_grid,
                     sigma_lognormal, sigma_sid, update_ema)
+from networks import set_precision
 from noise_pairs import noise_image_pairs
 from options import parse
 from plan import report
@@ -53,10 +54,10 @@ def distill(config, options, device, stop):
     autocast = partial(torch.autocast, device.type, torch.bfloat16,
                        enabled=options.precision == "bf16")
     scorer = Scorer(config, options, device)            # before the long work: it may lack a file
-    real, pairs, distance = real_images(config, options, teacher, device)
+    real, pairs, distance = real_images(config, options, teacher, device, stop)
     log = Log(config, options, device, start, best_fid, stop)
     if unscored and log.score_due(start - 1):           # stopped before it could be evaluated
-        log.save(roles, optimizers, start, scorer.score(ema, config.sigmas))
+        log.save(roles, optimizers, start, scorer)
 
     for step in range(start, config.iterations):
         student_turn = step % config.ttur == 0
@@ -123,7 +124,7 @@ def distill(config, options, device, stop):
         stopping = log.stopping(step)
         if log.save_due(step) or stopping:
             score = log.score_due(step) and not stopping
-            log.save(roles, optimizers, step + 1, scorer.score(ema, config.sigmas) if score else {})
+            log.save(roles, optimizers, step + 1, scorer if score else None)
         if stopping:
             return log.stopped(step + 1)
     return log.finish()
@@ -225,8 +226,8 @@ def set_rate(config, step, *optimizers):
             group["lr"] = config.learning_rate * (1 - (1 - config.final_rate) * done)
 
 
-def real_images(config, options, teacher, device):
-    """What the GAN and regression terms need, else None: the only use of the data module."""
+def real_images(config, options, teacher, device, stop):
+    """What the GAN and regression terms need, else None."""
     real = pairs = distance = None
     if config.gan_weight:
         import data
@@ -235,7 +236,7 @@ def real_images(config, options, teacher, device):
     if config.regression_weight:
         distance = perceptual_distance(config, options, device)
         pairs = noise_image_pairs(teacher, config.regression_pairs, config.regression_steps,
-                                  options.folder, options.batch_per_gpu, device)
+                                  options.folder, options.batch_per_gpu, device, stop)
     return real, pairs, distance
 
 
@@ -259,7 +260,7 @@ def train_teacher(config, options, device, stop, network_config):
     scorer = Scorer(config, options, device)
     log = Log(config, options, device, start, best_fid, stop)
     if unscored and log.score_due(start - 1):
-        log.save(roles, [optimizer], start, scorer.score(roles.ema, ()))
+        log.save(roles, [optimizer], start, scorer)
     for step in range(start, config.iterations):
         set_rate(config, step, optimizer)
         rng = iteration_generator(config.seed, step, device)
@@ -283,7 +284,7 @@ def train_teacher(config, options, device, stop, network_config):
         stopping = log.stopping(step)
         if log.save_due(step) or stopping:
             score = log.score_due(step) and not stopping
-            log.save(roles, [optimizer], step + 1, scorer.score(roles.ema, ()) if score else {})
+            log.save(roles, [optimizer], step + 1, scorer if score else None)
         if stopping:
             return log.stopped(step + 1)
     return log.finish()
@@ -305,8 +306,7 @@ def print_plan(config, options):
 def main(argv=None):
     rows = parse(argv)
     device = distributed.start(rows[0][2].device)
-    torch.backends.cuda.matmul.allow_tf32 = rows[0][2].precision != "fp32"
-    torch.backends.cudnn.allow_tf32 = rows[0][2].precision != "fp32"
+    set_precision(rows[0][2].precision)
     torch.backends.cudnn.benchmark = True
     code, stop = 0, None
     for preset, config, options in rows:

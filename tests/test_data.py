@@ -379,9 +379,10 @@ def teacher(monkeypatch):
     return small_network(model_channels=8)
 
 
-def make(teacher, folder, count=10, steps=3, batch=2):
+def make(teacher, folder, count=10, steps=3, batch=2, stop=None):
     folder.mkdir(exist_ok=True)
-    return noise_pairs.noise_image_pairs(teacher, count, steps, folder, batch, CPU)
+    stop = stop or SimpleNamespace(received=None)
+    return noise_pairs.noise_image_pairs(teacher, count, steps, folder, batch, CPU, stop)
 
 
 def test_a_pair_is_the_noise_of_its_seed_and_what_the_teacher_makes_of_it(teacher, tmp_path):
@@ -437,6 +438,23 @@ def test_pairs_made_with_an_interruption_equal_those_made_in_one_go(
     assert files_below(tmp_path / "twice") == ["pairs.npz"]
     assert (tmp_path / "twice" / "pairs.npz").read_bytes() == (
         tmp_path / "whole" / "pairs.npz").read_bytes()
+
+
+def test_a_signal_stops_it_after_a_part_which_is_kept(teacher, tmp_path, monkeypatch, capsys):
+    whole = make(teacher, tmp_path / "whole")
+    stop, real, made = SimpleNamespace(received=None), noise_pairs.make_part, []
+
+    def signalled(teacher, seeds, *rest):
+        made.append(seeds)
+        real(teacher, seeds, *rest)
+        stop.received = "SIGTERM" if len(made) == 2 else None
+
+    monkeypatch.setattr(noise_pairs, "make_part", signalled)
+    with pytest.raises(SystemExit) as left:
+        make(teacher, tmp_path / "a", stop=stop)
+    assert left.value.code == 3 and "the same command goes on" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(whole, make(teacher, tmp_path / "a")))
+    assert made == [range(0, 4), range(4, 8), range(8, 10)]
 
 
 def test_parts_left_by_a_run_that_wanted_fewer_pairs_are_not_taken_for_whole(

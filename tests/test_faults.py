@@ -466,7 +466,7 @@ def test_pairs_cost_the_memory_of_one_part_to_join_and_none_to_open(tmp_path):
     for number in range(count):
         files.append(tmp_path / f"{number}.npz")
         z = np.random.default_rng(number).standard_normal((size, 1, 8, 8)).astype(np.float32)
-        noise_pairs.write_npz(files[-1], z=z, y=z.astype(np.float16),
+        checkpoint.write_arrays(files[-1], z=z, y=z.astype(np.float16),
                               classes=np.arange(size) + number)
     part, path = size * (64 * 6 + 8), tmp_path / "pairs.npz"
     tracemalloc.start()
@@ -492,7 +492,7 @@ def test_pairs_of_another_layout_are_read_or_refused(tmp_path):
     arrays = {"z": np.ones((3, 1, 2, 2), np.float32), "y": np.ones((3, 1, 2, 2), np.float16),
               "classes": np.arange(3)}
     path = tmp_path / "pairs.npz"
-    noise_pairs.write_npz(path, **arrays)               # not aligned: an older version's
+    checkpoint.write_arrays(path, **arrays)               # not aligned: an older version's
     for name, x in zip(noise_pairs.PAIR, noise_pairs.map_npz(path, noise_pairs.PAIR, verify=True)):
         assert np.array_equal(x, arrays[name]) and x.flags.aligned
     np.savez_compressed(path, **arrays)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -403,6 +404,13 @@ def test_of_several_processes_each_says_which_it_is(capsys, monkeypatch):
         assert left.value.code == value
 
 
+def test_a_reader_that_leaves_early_is_no_traceback():
+    command = f"{sys.executable} train.py --dry-run | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=Path(options.__file__).parent, text=True,
+                          capture_output=True)
+    assert done.stdout.startswith("digits, pmdd, stage 1") and done.stderr == ""
+
+
 # ---- The folder of a run ----
 
 def opened(folder, *argv):
@@ -441,7 +449,20 @@ def test_a_changed_preset_is_refused_by_the_names_of_its_fields_and_force_goes_o
     opened(tmp_path, "--seed", 7).close()                       # it is now this run's own
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"config": 3}', "\x00\x01"])
+def test_other_images_or_another_reference_are_another_run(tmp_path):
+    opened(tmp_path).close()
+    (tmp_path / "stage1" / "metrics.jsonl").write_text("")
+    for flag, changed in (("--data", "data (was 'digits', now 'other')"),
+                          ("--reference", "reference (was None, now 'other')"),
+                          ("--inception", "inception (was None, now 'other')")):
+        with pytest.raises(UserError, match=re.escape(changed)):
+            opened(tmp_path, flag, "other")
+    opened(tmp_path, "--data", "other", "--force").close()
+    opened(tmp_path, "--data", "other", "--cache", "elsewhere").close()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"config": 3}', '{"config": {}}',
+                                     "\x00\x01"])
 def test_a_config_json_that_cannot_be_read_is_named(tmp_path, content):
     opened(tmp_path).close()
     path = tmp_path / "stage1" / "config.json"
@@ -567,7 +588,7 @@ def test_the_seconds_left_follow_from_the_pace_and_leave_out_the_pauses(monkeypa
 
 
 def test_a_step_drawn_at_random_has_nothing_to_unforget():
-    with pytest.raises(UserError, match="--unforget-weight is 1.0; allowed: 0 where there is no"):
+    with pytest.raises(UserError, match="--unforget-weight is 1.0; allowed: 0, unless a student"):
         parse("--stage", 2, "--trained-step", "random", "--unforget-weight", 1)
 
 

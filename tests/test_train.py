@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint
+import distributed
 import losses
 import models
 import presets
@@ -356,6 +358,7 @@ def test_teacher_and_previous_never_change_and_the_average_follows_the_student(
 
 WITHOUT_DATA = """
 import sys
+import time
 sys.modules["data"] = None                  # importing it fails
 import train
 train.main(sys.argv[1:])
@@ -404,12 +407,17 @@ def lines_of(function):
     return len(inspect.getsource(function).splitlines())
 
 
-def test_one_iteration_can_be_followed_in_two_hundred_lines():
+def test_one_iteration_can_be_followed_in_as_many_lines_as_the_readme_says():
     assert lines_of(train.distill) <= 130
     ring = [train.distill, train.draw_iteration, train.update, models.roll_out,
             models.denoise_together, models.update_ema, losses.denoising_loss, losses.dm_loss,
             losses.sid_loss, losses.unforget_loss, losses.mean_error]
     assert sum(map(lines_of, ring)) <= 200
+    beside = [train.add, train.iteration_generator, train.parts_of, train.set_rate, models.level,
+              models.karras, models.sigma_dm, models.sigma_grid, models.sigma_sid,
+              models.sigma_lognormal, distributed.sync_gradients, EDMPrecond.forward]
+    assert sum(map(lines_of, ring + beside)) <= 280
+    assert "| at most 280 (5) |" in (ROOT / "README.md").read_text()
 
 
 # ---- What stops a run ----
@@ -467,7 +475,21 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(RunFailed, match="iteration 2: gradient is inf"):
         log.take(10, {"gradient": torch.tensor(1.0)}, images)
     with pytest.raises(RunFailed, match="iteration 2: gradient is inf"):
-        log.save(None, [], 11, {})
+        log.save(None, [], 11)
+
+
+def test_the_pace_of_a_run_leaves_its_evaluations_out(tmp_path, monkeypatch):
+    config = dataclasses.replace(presets.find("digits", "pmdd", 1).config, iterations=100)
+    log = records.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
+    for name in ("payload", "save", "save_latest", "save_samples"):
+        monkeypatch.setattr(records, name, lambda *args: None)
+    slow = SimpleNamespace(score=lambda *args: time.sleep(0.5) or {"1": {"digits-FID": 2.0}})
+    figures, images = {"denoising": torch.tensor(1.0)}, torch.zeros(2, 1, 8, 8)
+    log.take(0, figures, images)
+    log.save(SimpleNamespace(ema=None), [], 1, slow)
+    log.take(10, figures, images)
+    pace = records.read_metrics(tmp_path / "metrics.jsonl")[-1]["images_per_second"]
+    assert pace > 10 * config.batch / 0.4
 
 
 def test_gradients_are_clipped_to_the_norm_that_was_asked_for():
