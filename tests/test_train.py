@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -418,6 +419,20 @@ def test_one_iteration_can_be_followed_in_as_many_lines_as_the_readme_says():
               models.sigma_lognormal, distributed.sync_gradients, EDMPrecond.forward]
     assert sum(map(lines_of, ring + beside)) <= 280
     assert "| at most 280 (5) |" in (ROOT / "README.md").read_text()
+
+
+def test_compiled_networks_have_no_graph_breaks_and_end_where_the_others_do(
+        teacher, tmp_path, monkeypatch):
+    """The graphs and their gradients are what --compile makes; the kernels are eager here."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for folder, more in (("a", []), ("b", ["--compile"])):
+        train.main(flags(teacher, tmp_path / folder, "--stage", "1", iterations=1))
+        torch._dynamo.utils.counters.clear()
+        train.main(flags(teacher, tmp_path / folder, "--stage", "2", iterations=4) + more)
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] >= 5 and not counted["graph_break"]
+    a, b = (state(tmp_path / folder, stage=2) for folder in ("a", "b"))
+    assert relative_difference(a, b) < 1e-5
 
 
 # ---- What stops a run ----
