@@ -23,6 +23,7 @@ import numpy as np
 
 from errors import Parser, RunFailed, UserError, run
 from evaluation_records import read_records
+from networks import steps_text
 from records import read_json, read_metrics, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -217,9 +218,9 @@ def methods():
 
 def steps():
     """b. PMDD Tables 1 and 5."""
-    rows = [row(f"PMDD with sid, {k} steps", f"pmdd-{k}", k, *paper)
+    rows = [row(f"PMDD with sid, {steps_text(k)}", f"pmdd-{k}", k, *paper)
             for k, paper in ((1, ("2.52", "2.60")), (2, ("2.19", "1.95")), (3, ("2.48", "2.14")))]
-    rows += [row(f"PMDD with dm, {k} steps", name, k, *paper)
+    rows += [row(f"PMDD with dm, {steps_text(k)}", name, k, *paper)
              for k, name, paper in ((1, "dmd2-no-gan", ("3.49", "3.70")),
                                     (2, "pmdd-dm-2", ("2.91", "3.58")),
                                     (3, "pmdd-dm-3", ("2.86", "3.47")))]
@@ -251,12 +252,15 @@ def budgets():
 
 def two_step_ablation():
     """d. PMDD Table 4."""
+    rows = [("neither", "two-none", "5.89", "8.01"),
+            ("+ unforget, beta 1", "two-unforget", "3.02", "3.71"),
+            ("+ external sampling", "pmdd-dm-2", "2.94", "3.58"),
+            ("+ sid in place of dm", "pmdd-2", "2.21", "1.99")]
     return markdown(
-        ["two steps, dm", "digits-FID", "right class", "paper, CIFAR-10", "paper, ImageNet-64"],
-        [row("neither", "two-none", 2, "5.89", "8.01"),
-         row("+ unforget, beta 1", "two-unforget", 2, "3.02", "3.71"),
-         row("+ external sampling", "pmdd-dm-2", 2, "2.94", "3.58"),
-         row("+ sid in place of dm", "pmdd-2", 2, "2.21", "1.99")])
+        ["two steps, dm", "digits-FID", "the same student at one step", "right class",
+         "paper, CIFAR-10", "paper, ImageNet-64"],
+        [[text, cell(name, 2), cell(name, 1), cell(name, 2, "right_class"), *paper]
+         for text, name, *paper in rows])
 
 
 def unforget_weights():
@@ -270,7 +274,7 @@ def unforget_weights():
         rows.append([weight, *(cell(name, k) for name in names for k in (2, 1)),
                      " / ".join(paper.get(weight, ["-"]))])
     return markdown(["beta", "external: 2 steps", "external: 1 step", "own: 2 steps", "own: 1 step",
-                     "paper, COCO, the same four"], rows)
+                     "paper, COCO: these four"], rows)
 
 
 def ttur():
