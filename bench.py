@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -56,6 +57,7 @@ from scoring import HEUN_STEPS
 PARTS = ("train", "memory", "sampling", "scoring")
 SPLIT = ("roll-out", "student update", "adapted update", "EMA", "the rest")
 SCORED = 64                     # images that the rates of an evaluation are measured on
+LONG_ENOUGH = 0.2               # seconds of calls behind one sampling time: a single one is noise
 
 
 # ---- What is measured on: random weights and images in the formats of real ones ----
@@ -386,14 +388,16 @@ def memory(job):
 
 # ---- Sampling and scoring ----
 
-def seconds_of(function, device):
+def seconds_of(function, device, calls=1):
+    """Of one call, as the mean of so many back to back."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begun
+    return (time.perf_counter() - begun) / calls
 
 
 @torch.no_grad()
@@ -413,8 +417,9 @@ def sampling(job, repeats):
         forwards(2)                                     # warm-up
         for steps in tqdm(range(1, len(PMDD_SIGMAS) + 1), desc="sampling"):
             sample = partial(sample_every_step, network, z, y, noise, sigmas=PMDD_SIGMAS[:steps])
-            pairs = [(seconds_of(sample, device), seconds_of(partial(forwards, steps), device))
-                     for _ in range(repeats)]
+            calls = math.ceil(LONG_ENOUGH / seconds_of(sample, device))
+            pairs = [(seconds_of(sample, device, calls),
+                      seconds_of(partial(forwards, steps), device, calls)) for _ in range(repeats)]
             figures[f"{steps} step" + "s" * (steps > 1)] = {
                 "images_a_second": B / median(ours for ours, _ in pairs),
                 "time_against_forwards": spread([ours / theirs for ours, theirs in pairs])}

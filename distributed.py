@@ -37,7 +37,7 @@ def start(device=None):
 
 
 def keep_freed_memory():
-    """glibc gives freed memory back, and each iteration takes it anew, page by page: up to 17 %.
+    """glibc gives freed memory back to the system, and each iteration takes it anew, page by page.
 
     Its two limits are set as high as it lets them; other C libraries have no such call.
     """

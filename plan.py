@@ -290,4 +290,4 @@ def report(config, network_config, batch_per_gpu, world_size, precision="fp32"):
               "iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     total = math.fsum(sizes.values())
-    return lines + [f"memory, all of one process: {total / 2**20:,.0f} MiB"]
+    return lines + [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]

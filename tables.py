@@ -235,7 +235,8 @@ def teacher_rows():
     for entry in sorted(entries, key=lambda e: e["evaluations"]):
         forms = (("digits-FID", "{:.3f}"), ("right_class", "{:.1%}"))
         figures = [spread(entry["figures"][what]["values"], form) for what, form in forms]
-        rows.append([f"teacher, {entry['evaluations']} evaluations", *figures, "-", "-"])
+        text = f"teacher, {entry['evaluations']} evaluation" + "s" * (entry["evaluations"] > 1)
+        rows.append([text, *figures, "-", "-"])
     return rows
 
 
