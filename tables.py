@@ -193,6 +193,10 @@ def cell(name, steps=None, what="digits-FID"):
     return spread([figure(name, k, steps, what) for k in done], form) if done else "not run"
 
 
+def both(name, steps):
+    return f"{cell(name, steps)}; {cell(name, steps, 'right_class')}"
+
+
 def markdown(heading, rows):
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -244,7 +248,7 @@ def budgets():
     """c. PMDD Table 3."""
     return markdown(
         ["three-step student sampled at", "3 steps", "2 steps", "1 step"],
-        [[text, *(cell(name, k) for k in (3, 2, 1))]
+        [[text, *(both(name, k) for k in (3, 2, 1))]
          for text, name in (("DMD2 without GAN", "dmd2-3"), ("PMDD with dm", "pmdd-dm-3"),
                             ("PMDD with sid", "pmdd-3"))]
         + [["paper, COCO: DMD2 without GAN", "9.18", "10.36", "23.32"],
@@ -272,7 +276,7 @@ def unforget_weights():
     for weight in ("0", "0.3", "1", "3", "10"):
         names = [f"beta-{weight}-{s}" for s in ("external-sampling", "no-external-sampling")]
         names[0] = names[0] if names[0] in RUNS else "pmdd-2"
-        rows.append([weight, *(cell(name, k) for name in names for k in (2, 1)),
+        rows.append([weight, *(both(name, k) for name in names for k in (2, 1)),
                      " / ".join(paper.get(weight, ["-"]))])
     return markdown(["beta", "external: 2 steps", "external: 1 step", "own: 2 steps", "own: 1 step",
                      "paper, COCO: these four"], rows)
