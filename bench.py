@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import sys
 import tarfile
 import tempfile
@@ -49,7 +48,7 @@ from fid import feature_network, frechet_distance
 from inception import Inception
 from lpips import LPIPS
 from models import SeededNoise, level, sample_every_step, sample_heun
-from networks import in_parallel, prepare, sample_block, seed_blocks, set_precision
+from networks import prepare, sample_block, seed_blocks, set_precision
 from presets import NETWORKS, PMDD_SIGMAS, UNCONDITIONAL, Preset
 from records import Log, write_json
 from scoring import HEUN_STEPS
@@ -57,7 +56,7 @@ from scoring import HEUN_STEPS
 PARTS = ("train", "memory", "sampling", "scoring")
 SPLIT = ("roll-out", "student update", "adapted update", "EMA", "the rest")
 SCORED = 64                     # images that the rates of an evaluation are measured on
-LONG_ENOUGH = 0.2               # seconds of calls behind one sampling time: a single one is noise
+LONG_ENOUGH = 2.0               # seconds of calls behind one ratio of two times: a single is noise
 
 
 # ---- What is measured on: random weights and images in the formats of real ones ----
@@ -338,35 +337,28 @@ def training(job, repeats, cycle, warm_up, peak_tflops):
 
 # ---- Memory, in a process of its own ----
 
-def process_bytes(name):
-    """VmRSS is what the process holds now, VmHWM the most it ever held."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-    except (OSError, StopIteration):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def memory_of(job, answer):
-    """Puts the most bytes that tensors take, and those by which the process grows, in the loop.
+    """Puts (bytes that plan.py foresees, most bytes taken in the loop) of tensors and of the whole.
 
-    On a GPU both are what torch's allocator counts.
+    On a GPU torch's allocator counts the tensors.
     """
     cuda = job.device.type == "cuda"
     set_precision(job.options.precision)
+    foreseen = math.fsum(plan.memory(job.config, job.network, job.options.batch_per_gpu,
+                                     precision=job.options.precision).values())
+    if whole := not cuda and plan.STATUS.exists():
+        whole = plan.process_memory(foreseen)
     if not cuda:
         distributed.keep_freed_memory()
-    small = EDMPrecond(**NETWORKS["digits"])            # torch loads much at its first use
-    x, sigma, y = random_inputs(small, 2, "cpu")
-    train.adamw(small, job.config).step(lambda: small(x, sigma, y).sum().backward())
-    before = 0 if cuda else process_bytes("VmRSS")
     config = dataclasses.replace(job.config, ttur=1)    # so that each iteration updates both
     with ExitStack() as stack:
         live = None if cuda else stack.enter_context(plan.LiveBytes())
         Watch(dataclasses.replace(job, config=config), repeats=1, cycle=1, warm_up=1,
               limit=False).run()
-    peak = torch.cuda.max_memory_allocated() if cuda else process_bytes("VmHWM") - before
-    answer.put((peak if cuda else live.peak, peak))
+    peaks = {"tensors": (foreseen, torch.cuda.max_memory_allocated() if cuda else live.peak)}
+    if whole:
+        peaks["process"] = whole, plan.process_bytes("VmHWM")
+    answer.put(peaks)
 
 
 def memory(job):
@@ -378,26 +370,31 @@ def memory(job):
     if process.exitcode:
         raise RunFailed(f"the process that measures memory ended with {process.exitcode}; if it "
                         "lacked memory, give a smaller --batch-per-gpu")
-    sizes = plan.memory(job.config, job.network, job.options.batch_per_gpu,
-                        precision=job.options.precision)
-    (tensors, resident), planned = answer.get(), sum(sizes.values())
-    return {"plan_mib": planned / 2 ** 20, "tensors_mib": tensors / 2 ** 20,
-            "process_mib": resident / 2 ** 20, "tensors_against_plan": tensors / planned,
-            "process_against_plan": resident / planned}
+    return {name: {"plan_mib": foreseen / 2 ** 20, "mib": peak / 2 ** 20,
+                   "against_plan": peak / foreseen}
+            for name, (foreseen, peak) in answer.get().items()}
 
 
 # ---- Sampling and scoring ----
 
-def seconds_of(function, device, calls=1):
-    """Of one call, as the mean of so many back to back."""
+def seconds_of(function, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()
-    for _ in range(calls):
-        function()
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - begun) / calls
+    return time.perf_counter() - begun
+
+
+def seconds_of_both(ours, theirs, device):
+    """Of one call of each; called in turn, so that other load on the machine meets both."""
+    calls, spent = 0, [0.0, 0.0]
+    while calls == 0 or sum(spent) < LONG_ENOUGH:
+        for which, function in enumerate((ours, theirs)):
+            spent[which] += seconds_of(function, device)
+        calls += 1
+    return [seconds / calls for seconds in spent]
 
 
 @torch.no_grad()
@@ -417,9 +414,8 @@ def sampling(job, repeats):
         forwards(2)                                     # warm-up
         for steps in tqdm(range(1, len(PMDD_SIGMAS) + 1), desc="sampling"):
             sample = partial(sample_every_step, network, z, y, noise, sigmas=PMDD_SIGMAS[:steps])
-            calls = math.ceil(LONG_ENOUGH / seconds_of(sample, device))
-            pairs = [(seconds_of(sample, device, calls),
-                      seconds_of(partial(forwards, steps), device, calls)) for _ in range(repeats)]
+            pairs = [seconds_of_both(sample, partial(forwards, steps), device)
+                     for _ in range(repeats)]
             figures[f"{steps} step" + "s" * (steps > 1)] = {
                 "images_a_second": B / median(ours for ours, _ in pairs),
                 "time_against_forwards": spread([ours / theirs for ours, theirs in pairs])}
@@ -454,7 +450,7 @@ def scoring(job, repeats, rate):
     def task(seeds):
         return sample_block(network, seeds, sampler, "random", device)
 
-    made = SCORED / seconds_of(lambda: list(in_parallel(task, blocks, device)), device)
+    made = SCORED / seconds_of(lambda: list(distributed.in_parallel(task, blocks, device)), device)
     seconds = config.evaluate_images * (1 / made + outputs / features) + outputs * frechet
     between = config.evaluate_every * config.batch / rate
     return figures | {"images_of_an_evaluation": config.evaluate_images,
@@ -504,6 +500,7 @@ def check(args, rows):
 
 def measure(args, preset, config, options, device):
     """One row's figures."""
+    set_precision(options.precision)
     what = args.what or PARTS[:1 if options.world_size > 1 else None]
     cycle = args.iterations or (config.ttur if config.stage else 1)
     with ExitStack() as stack:
@@ -552,7 +549,6 @@ def main(argv=None):
     rows = train_options.parse(rest)
     check(args, rows)
     device = distributed.start(rows[0][2].device)
-    set_precision(rows[0][2].precision)
     torch.backends.cudnn.benchmark = True
     report = {"command": " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)]),
               "torch": torch.__version__, "threads": torch.get_num_threads(),

@@ -1,10 +1,12 @@
-"""The process group and what the ranks do together; with one process every function is a no-op."""
+"""What processes and threads do together; with one process every function on ranks is a no-op."""
 
 import contextlib
 import ctypes
 import datetime
 import inspect
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -27,13 +29,23 @@ def start(device=None):
             raise UserError(f"--nproc_per_node={here} is above the {torch.cuda.device_count()} "
                             "GPUs here")
         torch.cuda.set_device(local_rank)
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **meeting_place(),
+    mine = torch.device("cuda", local_rank) if kind == "cuda" else None
+    if launched() and not dist.is_initialized():
+        dist.init_process_group("nccl" if mine else "gloo", **meeting_place(), device_id=mine,
                                 timeout=datetime.timedelta(minutes=30))
     if kind == "cpu":
         keep_freed_memory()
-        return torch.device("cpu")
-    return torch.device(kind, local_rank)
+    return mine or torch.device("cpu")
+
+
+def launched():
+    """Whether torchrun started us."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def processes():
+    """How many there will be, before they have met."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
 def keep_freed_memory():
@@ -98,8 +110,8 @@ def sync_gradients(module, last):
 
 def any_rank(flag, device):
     """True on every rank if it is True on one."""
-    if not dist.is_initialized():
-        return flag
+    if world_size() == 1:
+        return flag                                     # without waiting for the device
     votes = torch.tensor(float(flag), device=device)
     dist.all_reduce(votes)
     return votes.item() > 0
@@ -111,3 +123,26 @@ def mean_over_ranks(values):
         dist.all_reduce(values)
         values = values / dist.get_world_size()
     return values.tolist()
+
+
+def in_parallel(task, blocks, device):
+    """task(block) for each block, in order.
+
+    On CPU each block has one thread and several run at once: faster than dividing every operation
+    between threads, and the number of cores cannot change the order of a sum.
+    """
+    workers, pending = torch.get_num_threads(), deque()
+    if device.type != "cpu" or workers == 1:
+        yield from map(task, blocks)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for block in blocks:
+            pending.append(pool.submit(task, block))
+            if len(pending) > 2 * workers:                  # memory does not grow with the work
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(workers)      # the workers' 1 has become the default of new threads

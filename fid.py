@@ -19,7 +19,7 @@ from tqdm import tqdm
 from checkpoint import write_atomically
 from digits_network import load_digits_network
 from errors import Parser, UserError, run
-from inception import Inception, load_inception  # noqa: F401 - Inception for those who import it
+from inception import load_inception
 
 
 def feature_network(dataset, cache=None, device="cpu", weights=None):

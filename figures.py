@@ -12,7 +12,7 @@ from checkpoint import file_digest
 from errors import UserError
 from fid import (FeatureStatistics, InceptionScore, all_reduce, feature_network, frechet_distance,
                  precision_recall, read_reference)
-from networks import ASSETS, from_rank_zero, in_parallel, shown
+from networks import ASSETS, from_rank_zero, shown
 from download import fetch
 
 REFERENCES = {"cifar10": "fid-cifar10-32x32", "imagenet64": "fid-imagenet-64x64",
@@ -45,7 +45,7 @@ class Judge:
         def task(block):
             return self.network(images.take(block)[0].to(self.device))[0]
 
-        parts = in_parallel(task, blocks, self.device)
+        parts = distributed.in_parallel(task, blocks, self.device)
         self.real = torch.cat(list(progress(parts, len(blocks), "real features", "block")))
 
     def figures(self, task, blocks, lists, n, bar=None):
@@ -59,7 +59,7 @@ class Judge:
 
         tallies = [Tally(self, n) for _ in range(lists)]
         mine = blocks[distributed.rank()::distributed.world_size()]
-        for block, outputs, classes in in_parallel(features, mine, self.device):
+        for block, outputs, classes in distributed.in_parallel(features, mine, self.device):
             for tally, output in zip(tallies, outputs):
                 tally.add(block[0] - blocks[0][0], *output, classes)
             if bar is not None:

@@ -3,7 +3,6 @@
 A feature network maps uint8 images to (features, logits); digits_network.py holds the other one.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import file_digest
+from distributed import in_parallel
 from download import fetch
 from errors import UserError
 
@@ -197,7 +197,7 @@ def in_chunks(network, images, size):
 
     Kernels choose their order of summation by shape and by number of threads. With one shape, and
     on a CPU one thread to each pass, an image's features have the same bits in any batch and any
-    number of processes. Passes side by side also suffer less than split ones when cores are busy.
+    number of processes.
     """
     if len(images) == 0:
         raise ValueError("no images")
@@ -207,16 +207,7 @@ def in_chunks(network, images, size):
         with torch.no_grad():  # each thread has its own switch
             return [out[:len(chunk)] for out in network(F.pad(chunk, padding))]
 
-    threads, chunks = torch.get_num_threads(), images.split(size)
-    if images.device.type != "cpu" or threads == 1:
-        outputs = [one_pass(chunk) for chunk in chunks]
-    else:
-        workers = min(threads, len(chunks))
-        try:
-            with ThreadPoolExecutor(workers, "pass", torch.set_num_threads, (1,)) as pool:
-                outputs = list(pool.map(one_pass, chunks))
-        finally:
-            torch.set_num_threads(threads)  # the workers' 1 has become the default of new threads
+    outputs = in_parallel(one_pass, images.split(size), images.device)
     return tuple(torch.cat(parts) for parts in zip(*outputs))
 
 

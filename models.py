@@ -131,8 +131,10 @@ class SeededNoise:
         self.shape, self.device = tuple(shape), device
 
     def __call__(self):
-        return torch.stack([torch.randn(self.shape, generator=g, device=self.device)
-                            for g in self.generators])
+        noise = torch.empty(len(self.generators), *self.shape, device=self.device)
+        for image, generator in zip(noise, self.generators):
+            image.normal_(generator=generator)
+        return noise
 
     def classes(self, label_dim):
         return torch.cat([torch.randint(label_dim, (1,), generator=g, device=self.device)
@@ -210,7 +212,7 @@ class AdaptedWithHead(nn.Module):
     def forward(self, x_t, sigma, y, output="denoised"):
         if output == "denoised":
             return self.network(x_t, sigma, y)
-        # "logits", in fp32 even under autocast
+        # "logits", for losses in fp32
         return self.head(self.network(x_t, sigma, y, output="encoder")).float()
 
 

@@ -2,8 +2,6 @@
 
 import argparse
 import json
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,8 +178,15 @@ def prepare(network, device, precision="fp32", compiled=False):
     if device.type == "cuda" and precision != "fp32":       # the layout of tensor cores
         network.to(memory_format=torch.channels_last)
     if compiled:
-        network.compile(dynamic=False)
+        compile_network(network, dynamic=False)
     return network
+
+
+def compile_network(network, **how):
+    """All networks are one class, whose graphs torch counts together: one for each role, kind of
+    gradient and batch, and beyond this limit it would silently stop compiling."""
+    torch._dynamo.config.cache_size_limit = 64          # recompile_limit by its older name
+    network.compile(**how)
 
 
 def pass_size(network, device):
@@ -217,32 +222,10 @@ def sample_block(network, seeds, sampler, labels, device, precision="fp32"):
     return images, classes
 
 
-def in_parallel(task, blocks, device):
-    """task(block) for each block, in order.
-
-    On CPU each block has one thread and several run at once: faster than dividing every operation
-    between threads, and the number of cores cannot change the order of a sum.
-    """
-    if device.type != "cpu":
-        yield from map(task, blocks)
-        return
-    workers, pending = torch.get_num_threads(), deque()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        for block in blocks:
-            pending.append(pool.submit(task, block))
-            if len(pending) > 2 * workers:                  # memory does not grow with the work
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def gathered(task, blocks, device):
     """The results of all blocks, shared over the ranks, in order on rank 0."""
     rank, world_size = distributed.rank(), distributed.world_size()
-    mine = in_parallel(task, blocks[rank::world_size], device)
+    mine = distributed.in_parallel(task, blocks[rank::world_size], device)
     if world_size == 1:
         yield from mine
         return

@@ -17,6 +17,7 @@ from models import sample_heun, sample_seeds
 # A part is what an interruption can cost and what one rank may wait for: at most so many pairs,
 # and about so many evaluations of the teacher.
 PAIRS_PART, PART_EVALUATIONS = 1024, 32_768
+FIRST_SEED = 10 ** 9            # the seeds from 0 on are those that a student is scored at
 PAIR = ("z", "y", "classes")
 ALIGNED = 64                                        # bytes, as numpy's own headers are
 
@@ -24,22 +25,23 @@ ALIGNED = 64                                        # bytes, as numpy's own head
 def noise_image_pairs(teacher, count, steps, folder, batch, device, stop):
     """z [N,C,H,W] and images y [N,C,H,W] float16, classes [N]: made once, kept in pairs.npz.
 
-    Pair i comes from seed i, in parts that survive an interruption; the ranks share the parts.
+    Pair i comes from seed FIRST_SEED + i. The ranks share the parts, which survive an interruption.
     """
     path, parts = folder / "pairs.npz", folder / "pairs"
     made_by = weights_digest(teacher.state_dict())[:12]
-    about = np.array(json.dumps(dict(count=count, steps=steps, teacher=made_by)))
+    about = np.array(json.dumps(dict(count=count, steps=steps, teacher=made_by,
+                                     first_seed=FIRST_SEED)))
     if not path.exists():
         make_folder(parts)
         size = min(PAIRS_PART, max(1, PART_EVALUATIONS // (2 * steps - 1)))
         ranges = [range(s, min(s + size, count)) for s in range(0, count, size)]
-        files = {seeds: parts / f"{seeds[0]}-{seeds[-1]}-{steps}-{made_by}.npz"
-                 for seeds in ranges}
-        mine = [seeds for seeds in ranges[distributed.rank()::distributed.world_size()]
-                if not files[seeds].exists()]
-        for seeds in tqdm(mine, desc="noise-image pairs", unit="part",
+        files = {pairs: parts / f"{pairs[0]}-{pairs[-1]}-{steps}-{made_by}.npz"
+                 for pairs in ranges}
+        mine = [pairs for pairs in ranges[distributed.rank()::distributed.world_size()]
+                if not files[pairs].exists()]
+        for pairs in tqdm(mine, desc="noise-image pairs", unit="part",
                           disable=distributed.rank() > 0):
-            make_part(teacher, seeds, steps, files[seeds], batch, device)
+            make_part(teacher, pairs, steps, files[pairs], batch, device)
             if stop.received:
                 print(f"{stop.received}: the pairs made so far are kept; the same command goes on",
                       flush=True)
@@ -64,15 +66,15 @@ def make_folder(path):
         raise RunFailed(f"cannot make {path}: {error.strerror}") from error
 
 
-def make_part(teacher, seeds, steps, path, batch, device):
+def make_part(teacher, pairs, steps, path, batch, device):
     z, y, classes = [], [], []
 
     def sampler(network, noise_input, labels, noise):
         z.append(noise_input.cpu().numpy())
         return sample_heun(network, noise_input, labels, steps=steps)
 
-    for start in range(0, len(seeds), batch):
-        chunk = seeds[start:start + batch]
+    for start in range(0, len(pairs), batch):
+        chunk = [FIRST_SEED + pair for pair in pairs[start:start + batch]]
         images, label = sample_seeds(teacher, chunk, sampler, device=device)
         y.append(images.cpu().half().numpy())
         classes.append(np.zeros(len(chunk), np.int64) if label is None else label.cpu().numpy())

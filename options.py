@@ -3,17 +3,17 @@
 import argparse
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import distributed
 from errors import Parser, UserError
 from presets import Config, find
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how it is computed; but for rounding, data, reference, inception alone matter."""
+    """Where and how it is computed; of these only the files named change more than rounding."""
     folder: Path
     data: str
     reference: str | None
@@ -136,7 +136,7 @@ def check(config):
 
 
 def options(args, config):
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = distributed.processes()
     if config.batch % world_size:
         raise UserError(f"--batch {config.batch} cannot be divided by {world_size} processes; "
                         f"allowed: multiples of {world_size}")

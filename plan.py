@@ -4,6 +4,7 @@ import math
 import weakref
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,11 @@ def passes(config):
 
 # ---- Memory and FLOPs, counted on the meta device: nothing is computed ----
 
+# On a CPU, as measured: what glibc's heap leaves free between tensors, and what libraries load.
+HOLES, FIRST_USE = 0.15, 40 * 2 ** 20
+STATUS = Path("/proc/self/status")      # Linux alone has it
+
+
 class Kernels(TorchFunctionMode):
     """The meta device takes the kernels that a real one would: fused attention, bf16's casts."""
 
@@ -196,11 +202,22 @@ def memory(config, network_config, batch_per_gpu, world_size=1, precision="fp32"
                 max(max(turns) + held - gradients, 0)}
 
 
+def process_bytes(name):
+    """VmRSS is what this process holds now, VmHWM the most it ever held."""
+    lines = STATUS.read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def process_memory(tensors):
+    """Bytes of the whole process, on a CPU, if all its tensors take so many."""
+    return process_bytes("VmRSS") + FIRST_USE + (1 + HOLES) * tensors
+
+
 def draws(config, network_config, batch_per_gpu):
     """What is drawn for the whole batch, and the part of it that one pass takes."""
     size, channels = network_config["img_resolution"], network_config["img_channels"]
     classes, n = network_config["label_dim"], max(len(config.sigmas), 1)
-    noise = 2 * (config.loss != "none" or config.stage == 0) + n + 3 * bool(config.gan_weight)
+    noise = n + 2 + 3 * bool(config.gan_weight) if config.stage else 1
     whole = [torch.empty(config.batch, channels, size, size) for _ in range(noise)]
     x = whole[0][:batch_per_gpu]
     y = torch.empty(config.batch, classes)[:batch_per_gpu] if classes else None
@@ -281,7 +298,7 @@ def iteration_flops(config, network_config):
                               for one, times in per_pass.items())
 
 
-def report(config, network_config, batch_per_gpu, world_size, precision="fp32"):
+def report(config, network_config, batch_per_gpu, world_size, precision="fp32", device="cpu"):
     """The lines that --dry-run prints."""
     lines = [f"{name}: {value:,}" for name, value in passes(config).items()]
     sizes = memory(config, network_config, batch_per_gpu, world_size, precision)
@@ -290,4 +307,8 @@ def report(config, network_config, batch_per_gpu, world_size, precision="fp32"):
               "iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     total = math.fsum(sizes.values())
-    return lines + [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]
+    lines += [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]
+    if device == "cpu" and STATUS.exists():
+        lines += ["memory, one whole process, with Python, libraries and the heap's holes: "
+                  f"{process_memory(total) / 2**20:,.0f} MiB"]
+    return lines

@@ -137,17 +137,20 @@ A100 = "4 A100"
 PRESETS = {
     ("cifar10", "pmdd", 1, ""): Preset(CIFAR10, "PMDD A.1, Table 5", A100, 2.52),
     ("cifar10", "pmdd", 2, ""): Preset(
-        later(CIFAR10, 2, learning_rate=5e-6, iterations=35_000, unforget_weight=1.0),
+        later(CIFAR10, 2, learning_rate=5e-6, iterations=35_000, unforget_weight=1.0,
+              ema_halflife=200_000),
         "PMDD A.1, Table 5 (Table 4: 2.21)", A100, 2.19),
     ("cifar10", "pmdd", 3, ""): Preset(
         later(CIFAR10, 3, learning_rate=8e-7, iterations=65_000, unforget_weight=1.0),
         "PMDD A.1, Table 5", A100, 2.48),
     ("imagenet64", "pmdd", 1, ""): Preset(IMAGENET64, "PMDD A.2, Table 5", A100, 2.60),
     ("imagenet64", "pmdd", 2, ""): Preset(
-        later(IMAGENET64, 2, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3),
+        later(IMAGENET64, 2, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3,
+              ema_halflife=50_000),
         "PMDD A.2, Table 5 (Table 4: 1.99)", A100, 1.95, "about 24"),
     ("imagenet64", "pmdd", 3, ""): Preset(
-        later(IMAGENET64, 3, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3),
+        later(IMAGENET64, 3, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3,
+              ema_halflife=50_000),
         "PMDD A.2, Table 5", A100, 2.14, "about 24"),
 
     ("cifar10", "dmd", 1, ""): Preset(DMD_CIFAR10, "DMD B.1, Table 6", "7 GPUs", 2.66),

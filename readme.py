@@ -132,13 +132,14 @@ def loop():
                          f"{e['median']:.3f} ({e['least']:.3f} to {e['most']:.3f})",
                          f"{t['seconds_of_an_iteration']['median']:.2f}",
                          number(t["images_a_second"]), parts,
-                         f"{100 * share['clipping and AdamW']:.0f}", f"{m['plan_mib']:,.0f}",
-                         f"{m['tensors_against_plan']:.2f}", f"{m['process_against_plan']:.2f}",
+                         f"{100 * share['clipping and AdamW']:.0f}",
+                         *(f"{m[what]['plan_mib']:,.0f}: {m[what]['against_plan']:.2f}"
+                           for what in ("tensors", "process")),
                          on_gpu(one, "training", lambda t: f"{number(t['images_a_second'])}, "
                                 f"efficiency {t['loop_efficiency']['median']:.3f}")])
     head = ["network", "threads", "stage, loss", "loop efficiency", "seconds an iteration",
             "images a second", "% in roll-out, student, adapted, EMA, rest",
-            "% in clipping and AdamW", "plan, MiB", "tensors / plan", "process / plan", "on a GPU"]
+            "% in clipping and AdamW", "tensors, MiB planned: / plan", "whole process", "on a GPU"]
     return markdown(head, rows)
 
 
@@ -174,16 +175,20 @@ def many_gpus():
              f"{row['gradient_bytes_of_an_iteration'] / 1e9:.2f}",
              f"{1e3 * row['seconds_of_arithmetic']:.0f}",
              f"{1e3 * row['seconds_of_all_reduce']:.0f}",
-             f"{row['hours']:,.1f}" + ("" if row["batch_divides"] else " (*)")]
+             f"{row['hours']:,.1f}" + ("" if row["batch_divides"] else " (*)"),
+             f"{row['hours_of_evaluations']:,.1f}"]
             for row in scaling["computed"]]
     head = ["preset", "stage", "GPUs", "iterations", "TFLOP an iteration",
-            "GB of gradients an iteration", "ms of arithmetic", "ms of all-reduce", "hours"]
+            "GB of gradients an iteration", "ms of arithmetic", "ms of all-reduce",
+            "hours of training", "of evaluations"]
     a = scaling["assumed"]
     return markdown(head, rows) + (
         "\n\nComputed, not measured: the slower of TFLOP / (GPUs x "
         f"{a['peak_teraflops']} TFLOP/s x "
         f"utilisation {a['utilisation']}) and of 2 (N - 1) / N times the gradients over "
-        f"{a['all_reduce_bytes_a_second'] / 1e9:.0f} GB/s; the three rates are assumptions.\n"
+        f"{a['all_reduce_bytes_a_second'] / 1e9:.0f} GB/s. An evaluation's samples at "
+        f"{a['peak_teraflops_tf32']}, its features at {a['peak_teraflops_fp32']} TFLOP/s; "
+        "`--evaluate-every` makes fewer. All rates are assumptions.\n"
         "(*) that batch cannot be divided by so many processes; `--batch` has to change.")
 
 

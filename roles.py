@@ -11,7 +11,8 @@ import distributed
 from edm_networks import EDMPrecond
 from errors import UserError
 from models import AdaptedWithHead
-from networks import open_network
+from networks import compile_network, open_network, steps_text
+from plan import has_previous
 from presets import NETWORKS
 from pretrained import PUBLISHED_NETWORKS
 
@@ -57,6 +58,9 @@ def starting_point(config, options):
     if list(payload["sigmas"]) != earlier:
         raise UserError(f"{path} was trained for --sigmas {payload['sigmas']}, this run continues "
                         f"{earlier}; give the same ones")
+    if has_previous(config) and len(earlier) < len(config.sigmas) - 1:
+        raise UserError(f"{path} was trained for {steps_text(len(earlier))}, stage {config.stage} "
+                        f"starts from {len(config.sigmas) - 1}: train the stage between first")
     if "adapted" not in payload:
         raise UserError(f"{path} holds a student but no adapted network; start from a best.pt of "
                         "a run")
@@ -84,9 +88,7 @@ def load_roles(config, options, device):
         if config.gan_weight and begin.get("head"):
             adapted.head.load_state_dict(begin["head"])
     # The previous student gives the inputs and the unforget targets of PMDD's later stages.
-    needed = begin and len(config.sigmas) > 1 and config.trained_step == "last" and (
-        config.external_sampling or config.unforget_weight)
-    previous = network if needed else None
+    previous = network if has_previous(config) else None
     ema = copy.deepcopy(student)
     for frozen in (teacher, previous, ema):
         if frozen is not None:
@@ -97,7 +99,7 @@ def load_roles(config, options, device):
         if role is not None:
             role.to(device).eval()                       # no dropout anywhere (Deviation 6)
             if options.compile:
-                role.compile()
+                compile_network(role)
     return SimpleNamespace(teacher=teacher, previous=previous, student=student, adapted=adapted,
                            ema=ema, made_from=made_from)
 
@@ -118,7 +120,7 @@ def new_teacher(config, options, network_config, device):
     make_trainable(student)
     ema = copy.deepcopy(student).eval().requires_grad_(False)
     if options.compile:
-        student.compile()
+        compile_network(student)
     return SimpleNamespace(teacher=None, previous=None, student=student, adapted=None, ema=ema,
                            made_from={})
 

@@ -30,7 +30,7 @@ from options import parse
 from plan import report
 from presets import NETWORKS
 from records import Log, StopSignal, open_run
-from roles import load_roles, new_teacher, resume
+from roles import load_roles, make_trainable, new_teacher, resume
 from scoring import Scorer
 
 
@@ -54,7 +54,7 @@ def distill(config, options, device, stop):
     autocast = partial(torch.autocast, device.type, torch.bfloat16,
                        enabled=options.precision == "bf16")
     scorer = Scorer(config, options, device)            # before the long work: it may lack a file
-    real, pairs, distance = real_images(config, options, teacher, device, stop)
+    real, pairs, distance = extra_inputs(config, options, teacher, device, stop)
     log = Log(config, options, device, start, best_fid, stop)
     if unscored and log.score_due(start - 1):           # stopped before it could be evaluated
         log.save(roles, optimizers, start, scorer)
@@ -103,7 +103,7 @@ def distill(config, options, device, stop):
         if student_turn:
             figures = update(student_opt, losses, "student_gradient", config.clip, broken)
             update_ema(ema, student, config.batch, config.ema_halflife)
-            adapted.requires_grad_(True)
+            make_trainable(adapted)
 
         # Update the adapted network on the same images (PMDD Eq. 8, DMD Alg. 3).
         losses = {}
@@ -176,13 +176,14 @@ def draw_iteration(config, step, network, device, real, pairs):
     drawn = {"z": normal(B, *shape), "noises": normal(B, n - 1, *shape),
              "y": F.one_hot(whole(classes, (B,)), classes).float() if classes else None,
              "sigma_adapted": adapted_noise(B, rng), "eps_adapted": normal(B, *shape)}
-    if step % config.ttur == 0:
+    student_turn = step % config.ttur == 0
+    if student_turn:
         drawn |= {"sigma": student_noise(B, rng), "eps": normal(B, *shape)}
     if real is not None:                                # DMD2's GAN, noise over the whole grid
         drawn["real_index"] = index(len(real), (B,))
-        for name in ("real", "fake", "gan"):
+        for name in ("real", "fake", "gan") if student_turn else ("real", "fake"):
             drawn |= {f"sigma_{name}": sigma_grid(B, rng), f"eps_{name}": normal(B, *shape)}
-    if pairs is not None:                               # DMD's regression
+    if pairs is not None and student_turn:              # DMD's regression
         drawn["pair_index"] = index(len(pairs[0]), (B,))
     return n, drawn
 
@@ -206,7 +207,7 @@ def parts_of(drawn, config, options, label_dim, device, real=None, pairs=None):
         if real is not None:
             pixels, labels = real.take(part.real_index.tolist())
             part.real, part.y_real = from_uint8(moved(pixels)), one_hot(labels)
-        if pairs is not None:
+        if "pair_index" in drawn:
             z_ref, image_ref, labels = (t[part.pair_index] for t in pairs)
             part.z_ref, part.image_ref = moved(z_ref), moved(image_ref).float()
             part.y_ref = one_hot(labels)
@@ -226,8 +227,8 @@ def set_rate(config, step, *optimizers):
             group["lr"] = config.learning_rate * (1 - (1 - config.final_rate) * done)
 
 
-def real_images(config, options, teacher, device, stop):
-    """What the GAN and regression terms need, else None."""
+def extra_inputs(config, options, teacher, device, stop):
+    """Real images, noise-image pairs and their distance, where a term needs them."""
     real = pairs = distance = None
     if config.gan_weight:
         import data
@@ -296,11 +297,11 @@ def describe(preset, config, options):
           f"{preset.paper_fid or 'none'}", flush=True)
 
 
-def print_plan(config, options):
+def print_plan(config, options, device):
     for name, value in vars(config).items():
         print(f"  {name}: {value}")
     print("\n".join(report(config, NETWORKS[config.dataset], options.batch_per_gpu,
-                           options.world_size, options.precision)))
+                           options.world_size, options.precision, device.type)))
 
 
 def main(argv=None):
@@ -314,7 +315,7 @@ def main(argv=None):
             describe(preset, config, options)
         if options.dry_run:
             if distributed.rank() == 0:
-                print_plan(config, options)
+                print_plan(config, options, device)
             continue
         stop = stop or StopSignal()
         lock = open_run(options.folder, config, options)

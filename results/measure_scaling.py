@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,13 +25,15 @@ sys.path.insert(0, str(ROOT))
 import plan  # noqa: E402
 from checkpoint import write_atomically  # noqa: E402
 from edm_networks import EDMPrecond  # noqa: E402
+from inception import Inception  # noqa: E402
 from presets import NETWORKS, find  # noqa: E402
 
 BATCHES, WIDTHS, STAGES = (8, 16, 32, 64, 128, 256, 512), (8, 16, 32, 64, 96), (1, 2, 3)
 PROCESSES = (1, 2)
-# Assumed of a GPU and what joins it to the others: an A100's peak in bf16, the share of it that is
-# reached, and bytes a second of an all-reduce.
-ASSUMED = {"peak_teraflops": 312, "utilisation": 0.3, "all_reduce_bytes_a_second": 100e9}
+# Assumed of a GPU and what joins it to the others: an A100's peaks in bf16 (training), TF32 (an
+# evaluation's samples) and fp32 (its features), the share that is reached, bytes of an all-reduce.
+ASSUMED = {"peak_teraflops": 312, "peak_teraflops_tf32": 156, "peak_teraflops_fp32": 19.5,
+           "utilisation": 0.3, "all_reduce_bytes_a_second": 100e9}
 GPUS = (4, 64)
 BOUNDS = {
     "batch": "small batches are bound by the host's cost of launching each operation, large ones "
@@ -70,9 +73,16 @@ def measured():
     return curves
 
 
+def inception_flops():
+    """Of one image's features."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        Inception()._chunk(torch.empty(1, 3, 32, 32, dtype=torch.uint8))
+    return counter.get_total_flops()
+
+
 def computed():
-    """Hours of the presets on N GPUs: arithmetic and all-reduce, the slower of the two."""
-    rows = []
+    """Hours of the presets on N GPUs: arithmetic and all-reduce, the slower; and evaluations."""
+    rows, features = [], inception_flops()
     for dataset in ("cifar10", "imagenet64"):
         with torch.device("meta"):
             parameters = sum(p.numel() for p in EDMPrecond(**NETWORKS[dataset]).parameters())
@@ -80,6 +90,11 @@ def computed():
             config = find(dataset, "pmdd", stage).config
             flops = plan.iteration_flops(config, NETWORKS[dataset])
             exchanged = 4 * parameters * (1 + 1 / config.ttur)
+            scored = plan.passes(config)["images forward through a network to score"]
+            forward = plan.flops(NETWORKS[dataset], plan.Pass("student"))
+            scoring = scored / 1e12 / ASSUMED["utilisation"] * (
+                forward / ASSUMED["peak_teraflops_tf32"]
+                + features / ASSUMED["peak_teraflops_fp32"])
             for gpus in GPUS:
                 arithmetic = flops / (
                     gpus * 1e12 * ASSUMED["peak_teraflops"] * ASSUMED["utilisation"])
@@ -90,7 +105,8 @@ def computed():
                     "gradient_bytes_of_an_iteration": exchanged,
                     "seconds_of_arithmetic": arithmetic, "seconds_of_all_reduce": reduce,
                     "batch_divides": config.batch % gpus == 0,
-                    "hours": config.iterations * max(arithmetic, reduce) / 3600})
+                    "hours": config.iterations * max(arithmetic, reduce) / 3600,
+                    "hours_of_evaluations": scoring / gpus / 3600})
     return rows
 
 

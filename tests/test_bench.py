@@ -11,6 +11,7 @@ import torch
 import bench
 import options
 import plan
+import train
 from helpers import call
 from presets import CIFAR10_NETWORK, DIGITS_NETWORK, NETWORKS
 
@@ -97,7 +98,6 @@ def test_the_limit_has_exactly_the_passes_that_the_loop_makes(argv, tmp_path):
 
 
 def drawn_steps(config, iterations):
-    import train
     network = type("shape", (), {"image_shape": (1, 8, 8), "label_dim": 10})
     config = dataclasses.replace(config, iterations=iterations)
     return [train.draw_iteration(config, step, network, DEVICE, None, None)[0]
@@ -144,8 +144,34 @@ def test_the_plan_is_the_memory_that_the_loops_tensors_take(argv, tmp_path):
 
 
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
-    figures = bench.memory(job(tmp_path, "--stage", "2"))
-    assert 0 < figures["tensors_mib"] and 0 < figures["plan_mib"] and 0 < figures["process_mib"]
+    figures = bench.memory(job(tmp_path, "--stage", "2", "--batch", "64"))
+    tensors, process = figures["tensors"], figures["process"]
+    assert 1 / 1.1 < tensors["against_plan"] < 1.1 and 1 / 1.2 < process["against_plan"] < 1.1
+    assert process["mib"] > tensors["mib"] > 5
+
+
+def test_a_dry_run_says_what_the_whole_process_will_take(monkeypatch, capsys):
+    def said(*argv):
+        assert call(monkeypatch, train, "--stage", "1", "--dry-run", *argv) == 0
+        *_, tensors, whole = capsys.readouterr().out.splitlines()
+        return [int(line.split()[-2].replace(",", "")) for line in (tensors, whole)]
+
+    small, large = said("--batch", "64"), said("--batch", "256")
+    assert large[0] - small[0] > 50             # MiB
+    assert math.isclose(large[1] - small[1], (1 + plan.HOLES) * (large[0] - small[0]), abs_tol=20)
+    assert small[1] - (1 + plan.HOLES) * small[0] > 100
+
+
+@pytest.mark.parametrize("argv", [(), ("--stage", "3"), ("--method", "dmd2"),
+                                  ("--method", "dmd2", "--loss", "none")], ids=" ".join)
+def test_the_plan_draws_as_much_noise_as_an_iteration(argv):
+    config = row(*argv)[1]
+    network = type("shape", (), {"image_shape": (1, 8, 8), "label_dim": 10})
+    _, drawn = train.draw_iteration(config, 0, network, DEVICE, [0] if config.gan_weight else None,
+                                    None)
+    whole = plan.draws(config, SMALL, config.batch)[0]
+    made = [drawn[name] for name in drawn if name.startswith(("z", "eps", "noises"))]
+    assert sum(x.numel() for x in made) == sum(x.numel() for x in whole)
 
 
 def test_bf16_halves_the_activations_and_no_weight():

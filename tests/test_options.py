@@ -142,6 +142,13 @@ def test_the_sum_of_the_papers_stages_is_what_it_says_in_images():
     assert total == 34_560_000
 
 
+def test_the_average_of_every_row_has_forgotten_where_it_began():
+    for (dataset, *_), row in PRESETS.items():
+        config = row.config
+        images = config.iterations // max(config.ttur, 1) * config.batch
+        assert images > 6 * config.ema_halflife, (dataset, row)         # 0.5^6 is below 2 %
+
+
 def test_the_schedule_in_noise_levels():
     assert presets.PMDD_SIGMAS == pytest.approx((80, 2.515, 0.170), abs=6e-4)
     assert presets.EQUAL_WIDTH_SIGMAS == pytest.approx((80, 9.96, 0.452), abs=5e-3)
@@ -274,7 +281,9 @@ def test_where_and_how_have_the_defaults_that_the_help_states(monkeypatch):
         folder=Path("runs/digits-dmd2/stage1"), data="digits", reference=None, inception=None,
         cache=None, device=None, batch_per_gpu=config.batch, precision="fp32", compile=False,
         force=False, dry_run=False, world_size=1)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")               # a batch system's, not torchrun's
+    assert parse()[0][2].world_size == 1
+    monkeypatch.setenv("RANK", "0")
     how = parse("--method", "dmd2", "--batch", 24, "--batch-per-gpu", 3, "--data", "a.zip")[0][2]
     assert (how.world_size, how.batch_per_gpu, how.data) == (4, 3, "a.zip")
     assert parse("--batch", 24)[0][2].batch_per_gpu == 6
@@ -347,6 +356,7 @@ def test_a_wrong_flag_is_one_line_that_names_it_its_value_and_what_is_allowed(ar
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     assert refused("--batch", 8) == (
         "--batch 8 cannot be divided by 3 processes; allowed: multiples of 3")
     assert "4 images of a process" in refused("--batch", 12, "--batch-per-gpu", 3)

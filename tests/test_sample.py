@@ -11,6 +11,7 @@ import torch
 from helpers import GOLDEN, call, save_student, small_network, torchrun
 from PIL import Image
 
+import distributed
 import image_files
 import networks
 import sample
@@ -84,7 +85,8 @@ def test_bits_of_an_image_do_not_depend_on_its_company_or_on_threads(family, mon
         try:
             task = partial(networks.sample_block, network, sampler=sampler, labels="random",
                            device=CPU)
-            return torch.cat([images for (images,), _ in networks.in_parallel(task, groups, CPU)])
+            blocks = distributed.in_parallel(task, groups, CPU)
+            return torch.cat([images for (images,), _ in blocks])
         finally:
             torch.set_num_threads(before)
 
@@ -108,9 +110,9 @@ def test_threads_take_blocks_in_turn_and_hand_on_an_error():
             raise RuntimeError("thirty")
         return number
 
-    assert list(networks.in_parallel(task, range(20), CPU)) == list(range(20))
+    assert list(distributed.in_parallel(task, range(20), CPU)) == list(range(20))
     with pytest.raises(RuntimeError, match="thirty"):
-        list(networks.in_parallel(task, range(40), CPU))
+        list(distributed.in_parallel(task, range(40), CPU))
 
 
 # ---- The images are the network's own ----

@@ -430,6 +430,7 @@ def test_compiled_networks_have_no_graph_breaks_and_end_where_the_others_do(
         torch._dynamo.utils.counters.clear()
         train.main(flags(teacher, tmp_path / folder, "--stage", "2", iterations=4) + more)
     counted = torch._dynamo.utils.counters
+    assert torch._dynamo.config.recompile_limit >= 64
     assert counted["stats"]["unique_graphs"] >= 5 and not counted["graph_break"]
     a, b = (state(tmp_path / folder, stage=2) for folder in ("a", "b"))
     assert relative_difference(a, b) < 1e-5
@@ -543,6 +544,13 @@ def test_a_checkpoint_of_another_dataset_or_architecture_is_refused(teacher, tmp
     with pytest.raises(UserError, match="another architecture"):
         train.main(flags(teacher, tmp_path / "b", "--stage", "2", "--start-from",
                          str(tmp_path / "wide.pt")))
+
+
+def test_a_stage_cannot_skip_the_one_before(teacher, tmp_path):
+    train.main(flags(teacher, tmp_path, "--stage", "1"))
+    start = str(tmp_path / "stage1" / "best.pt")
+    with pytest.raises(UserError, match="was trained for 1 step, stage 3 starts from 2"):
+        train.main(flags(teacher, tmp_path, "--stage", "3", "--start-from", start))
 
 
 def test_the_command_line_exits_with_two_and_one_line(teacher, tmp_path):
