@@ -492,8 +492,12 @@ def check(args, rows):
         if config.stage and args.iterations % config.ttur:
             raise UserError(f"--iterations is {args.iterations}; allowed: multiples of --ttur "
                             f"{config.ttur}, so that a repeat has whole rounds of updates")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {Path(args.json).parent}")
+    if args.json:
+        folder = Path(args.json).resolve().parent
+        if not folder.is_dir() or Path(args.json).is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"--json {args.json}: no file can be written there")
+    if rows[0][2].dry_run:
+        raise UserError("--dry-run is train.py's: python train.py --dry-run")
     if rows[0][2].world_size > 1 and set(args.what or ["train"]) != {"train"}:
         raise UserError(f"--what {' '.join(args.what)}: under torchrun train alone is measured")
 

@@ -233,6 +233,8 @@ def main(argv):
     """python checkpoint.py runs/.../best.pt assets/digits-student.pt: only what sampling needs."""
     if len(argv) != 2 or Path(argv[1]).suffix != ".pt":
         raise UserError("usage: python checkpoint.py BEST.pt OUT.pt")
+    if not os.access(Path(argv[1]).resolve().parent, os.W_OK):
+        raise UserError(f"cannot write to {Path(argv[1]).parent}")
     names = ("dataset", "method", "stage", "sigmas", "network", "iteration", "fid", "ema")
     payload = load(argv[0], needs=names)
     save(argv[1], {name: payload[name] for name in names})

@@ -79,9 +79,9 @@ def cifar10(path):
                         raise ValueError(f"{name} would have {member.size} bytes")
                     parts.append((member.name, archive.extractfile(member).read()))
     except Exception as error:              # tarfile, gzip and zlib raise many types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is neither a whole zip nor CIFAR-10's binary archive: "
-                        f"{reason}") from error
+        reason = "" if isinstance(error, tarfile.ReadError) else f": {' '.join(str(error).split())}"
+        raise UserError(f"{path} is neither a whole zip nor CIFAR-10's binary archive"
+                        + reason) from error
     if not parts:
         raise UserError(f"{path} holds no data_batch_*.bin; wanted: cifar-10-binary.tar.gz")
     for name, part in parts:

@@ -7,6 +7,7 @@ after saving, the same command goes on; 130 interrupted before there was anythin
 import argparse
 import errno
 import os
+import signal
 import sys
 
 
@@ -37,6 +38,9 @@ def lost_another(error):
 
 def run(main):
     """Call main() and leave with its exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):          # clean up, as after Ctrl-C
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         code = main()
         sys.stdout.flush()

@@ -27,8 +27,8 @@ from evaluation_records import read_records, record, records_under, table
 from figures import MANIFOLD, NEIGHBOURS, Judge, progress
 from image_files import open_npz
 from models import first_sigmas, sample_every_step, sample_heun
-from networks import (ASSETS, Parser, from_rank_zero, open_student, open_teacher, prepare,
-                      sample_block, say, seed_blocks, shown, steps_text)
+from networks import (ASSETS, LARGEST_NUMBER, Parser, from_rank_zero, open_student,
+                      open_teacher, prepare, sample_block, say, seed_blocks, shown, steps_text)
 from records import versions
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
@@ -76,8 +76,10 @@ def check(args):
         least = 2 if name == "n" else 1
         given = getattr(args, name)
         for value in [] if given is None else np.atleast_1d(given):
-            if value < least:
-                raise UserError(f"--{name} {value}: must be at least {least}")
+            if not least <= value <= LARGEST_NUMBER:
+                raise UserError(f"--{name} {value}: must be {least} to {LARGEST_NUMBER:,}")
+        if name in ("steps", "heun") and given:
+            setattr(args, name, list(dict.fromkeys(given)))         # each once
     if args.images and (args.steps or args.heun or args.checkpoint or args.teacher
                         or args.repeats > 1):
         raise UserError("--images has no seeds or steps: leave out --checkpoint, --teacher, "
@@ -186,6 +188,9 @@ def images_job(args):
 
 def make_judge(job, args, device):
     dataset = "digits" if tuple(job.shape) == (1, 8, 8) else args.dataset or job.dataset
+    if dataset == "digits" and tuple(job.shape) != (1, 8, 8):
+        raise UserError(f"--dataset digits: {shown(job.source)} has images of shape "
+                        f"{list(job.shape)}, digits are [1, 8, 8]")
     judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
                   cache=args.cache)
     if args.precision_recall:
@@ -232,6 +237,8 @@ def entries(job, judge, args, device):
 def out_path(args, job):
     beside = job.ours and job.source.parent.resolve() != ASSETS
     path = Path(args.out or (job.source.parent if beside else Path()) / "evaluation.json")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a .json file")
     if path.exists() and not args.force:
         try:
             read_records(path)

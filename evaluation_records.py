@@ -28,7 +28,9 @@ def read_records(path):
             identity(entry)
             table([entry])
         return content["evaluations"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no record of evaluate.py") from None
 
 

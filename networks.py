@@ -20,6 +20,7 @@ from pretrained import PUBLISHED_NETWORKS, load_network
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
+LARGEST_NUMBER = 10 ** 8         # of images in one command
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
 # Part of a published file's name -> dataset.
 DATASETS = {"digits": "digits", "cifar10": "cifar10", "imagenet": "imagenet64", "ffhq": "ffhq64",

@@ -11,6 +11,12 @@ from errors import Parser, UserError
 from presets import Config, find
 
 
+# What says nothing about a teacher in training.
+STUDENTS = ("teacher", "trained_step", "loss", "alpha", "dm_weighting", "unforget_weight",
+            "external_sampling", "gan_weight", "gan_adapted_weight", "regression_weight",
+            "regression_pairs", "regression_steps", "ttur")
+
+
 @dataclass(frozen=True)
 class Options:
     """Where and how it is computed; of these only the files named change more than rounding."""
@@ -75,6 +81,10 @@ def parse(argv=None):
     args = parser().parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if hasattr(args, f.name)}
+    needless = [k for k in given if k in STUDENTS]
+    if needless and given.get("stage") == 0:
+        raise UserError(f"--{needless[0].replace('_', '-')} is for a student; --stage 0 trains a "
+                        "teacher")
     stages = [given["stage"]] if "stage" in given else [1, 2, 3] if args.method == "pmdd" else [1]
     if "start_from" in given and (len(stages) > 1 or stages == [0]):
         raise UserError("--start-from is for one stage of a student: give --stage 1, 2 or 3")
@@ -84,15 +94,15 @@ def parse(argv=None):
             preset = find(args.dataset, args.method, stage, args.variant)
         except ValueError as error:
             raise UserError(str(error)) from None
-        config = merge(preset.config, given | {"stage": stage})
+        config = merge(preset.config, given | {"stage": stage}, all_stages=len(stages) > 1)
         rows.append((preset, config, options(args, config)))
     return rows
 
 
-def merge(config, given):
-    """The preset with the flags that were given; a longer list of sigmas is cut to the stage."""
+def merge(config, given, all_stages):
+    """The preset with the flags that were given; of sigmas for all stages each has its first."""
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    if "sigmas" in changes and changes["stage"] > 0:
+    if "sigmas" in changes and all_stages:
         changes["sigmas"] = changes["sigmas"][:changes["stage"]]
     if changes["stage"] == 0:
         changes["method"] = config.method
@@ -120,7 +130,7 @@ def check(config):
     require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas",
             "two numbers from 0 to below 1")
     require(len(config.sigmas) == config.stage, "sigmas",
-            f"{config.stage} noise levels, one a step")
+            f"{config.stage} noise level{'s' * (config.stage != 1)}, one a step")
     require(all(a > b > 0 for a, b in zip((math.inf, *config.sigmas), config.sigmas)), "sigmas",
             "falling, above 0")
     require(config.evaluate_images >= 2, "evaluate_images", "whole numbers, at least 2")

@@ -227,6 +227,8 @@ def find(dataset, method, stage, variant=""):
         return PRESETS[dataset, method, stage, variant]
     except KeyError:
         near = sorted((s, v) for d, m, s, v in PRESETS if d == dataset and m == method)
+        if method == "dmd2":
+            near += [(s, v) for s in range(2, len(PMDD_SIGMAS) + 1) for _, v in near]
         listed = ", ".join(f"--stage {s}" + (f" --variant {v}" if v else "") for s, v in near)
         raise ValueError(f"no preset for --dataset {dataset} --method {method} --stage {stage}"
                          + (f" --variant {variant}" if variant else "")

@@ -1,5 +1,6 @@
 """A run is its own record: the folder, its configuration, metrics, sample grids and curves."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -30,7 +31,7 @@ def open_run(folder, config, options):
         distributed.barrier()
         return None
     try:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another "
@@ -42,13 +43,14 @@ def open_run(folder, config, options):
                         "--folder") from None
     for leftover in folder.glob(".*.tmp"):                  # of a run killed while it saved
         leftover.unlink(missing_ok=True)
-    now, path = json.loads(json.dumps(dataclasses.asdict(config))), folder / "config.json"
-    how = {k: v if v is None else str(v) for k, v in vars(options).items()}
+    path, (now, how) = folder / "config.json", as_json(config, options)
     started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()
     if path.exists() and started and not options.force:
-        made = read_json(path)
-        before, before_how = ((made.get("config"), made.get("options"))
-                              if isinstance(made, dict) else (None, None))
+        try:
+            made = read_json(path)
+            before, before_how = made.get("config"), made.get("options")
+        except (UserError, AttributeError):
+            before = before_how = None
         if not (isinstance(before, dict) and isinstance(before_how, dict)):
             raise UserError(f"{path} holds no configuration of a run; --force writes a new one")
         wanted = now | {k: how[k] for k in ("data", "reference", "inception")}
@@ -57,9 +59,27 @@ def open_run(folder, config, options):
         if changed:
             raise UserError(f"{folder} was started with another preset: {', '.join(changed)}; "
                             "--force goes on all the same, another --folder starts afresh")
-    write_json(path, {"config": now, "options": how, "versions": versions()})
     distributed.barrier()
     return lock
+
+
+def write_config(folder, config, options):
+    now, how = as_json(config, options)
+    write_json(folder / "config.json", {"config": now, "options": how, "versions": versions()})
+
+
+def as_json(config, options):
+    return (json.loads(json.dumps(dataclasses.asdict(config))),
+            {k: v if v is None else str(v) for k, v in vars(options).items()})
+
+
+def drop_unused(folder):
+    """What open_run made, where the run was refused before it began."""
+    if [path.name for path in folder.iterdir()] == ["lock"]:
+        (folder / "lock").unlink()
+        folder.rmdir()
+        with contextlib.suppress(OSError):                      # it holds other stages
+            folder.parent.rmdir()
 
 
 def versions():
@@ -131,6 +151,7 @@ def save_samples(network, sigmas, path, device, columns=8):
         classes = rows.repeat_interleave(columns)
     seeds = range(len(classes) if classes is not None else 10 * columns)
     images, _ = sample_seeds(network, seeds, sampler, classes=classes, device=device)
+    path.parent.mkdir(exist_ok=True)
     save_png(grid(to_uint8(images).cpu(), columns), path)
 
 
@@ -215,7 +236,9 @@ class Log:
         self.device, self.stop, self.untold = device, stop, []
         self.every = LOG_EVERY * (config.ttur if config.stage else 4)
         self.first = distributed.rank() == 0
-        self.metrics = Metrics(self.folder, start) if self.first else None
+        if self.first:                                  # nothing refuses this run any more
+            write_config(self.folder, config, options)
+            self.metrics = Metrics(self.folder, start)
         self.clock, self.last = Clock(config.batch), start
         self.bar = tqdm(total=config.iterations, initial=start, desc=f"stage {config.stage}",
                         unit="it", disable=not self.first, dynamic_ncols=True)

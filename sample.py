@@ -19,8 +19,8 @@ import distributed
 from errors import UserError, run
 from image_files import write_folder, write_npz, write_zip
 from models import first_sigmas, sample_every_step, sample_heun, sample_student
-from networks import (Parser, check_sigmas, gathered, open_student, open_teacher, prepare,
-                      sample_block, say, seed_blocks, steps_text)
+from networks import (LARGEST_NUMBER, Parser, check_sigmas, gathered, open_student, open_teacher,
+                      prepare, sample_block, say, seed_blocks, steps_text)
 from pictures import grid, save_png
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
@@ -63,12 +63,13 @@ def parse(argv=None):
 def check(args):
     """What can be refused without opening anything; fills in args.all_seeds and args.kind."""
     for name in ("steps", "heun", "n"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= LARGEST_NUMBER:
+            raise UserError(f"--{name} {getattr(args, name)}: must be 1 to {LARGEST_NUMBER:,}")
     if args.seeds and args.n:
         raise UserError("--seeds and --n: give one of them, --seeds says how many")
-    if args.compare and args.steps:
-        raise UserError("--compare shows every number of steps; leave --steps out")
+    if args.compare and (args.steps or args.grid):
+        raise UserError("--compare shows every number of steps, a row for each; leave out --steps "
+                        "and --grid")
     if args.steps and (args.teacher or args.heun):
         raise UserError("--steps is for a student; a teacher takes --heun")
     check_sigmas(args.sigmas)
@@ -79,8 +80,8 @@ def check(args):
         raise UserError(f"--grid {args.grid} has no place for {len(args.all_seeds)} images")
     args.kind = kind_of(args.out)
     if args.kind == "png" and len(args.all_seeds) > LARGEST_GRID:
-        raise UserError(f"a picture of {len(args.all_seeds)} images; allowed: {LARGEST_GRID}; for "
-                        "more give --out a .zip, .npz or folder")
+        more = "" if args.compare else "; for more give --out a .zip, .npz or folder"
+        raise UserError(f"a picture of {len(args.all_seeds)} images; allowed: {LARGEST_GRID}{more}")
     if args.compare and args.kind != "png":
         raise UserError(f"--compare makes a picture; --out {args.out} is none")
     if args.out:
@@ -91,10 +92,11 @@ def parse_grid(text):
     columns, _, rows = (text or "10").partition("x")
     try:
         columns, rows = int(columns), int(rows) if rows else 0
-        if columns < 1 or rows < 0 or (text and text.endswith("x")):
+        if not 1 <= columns <= LARGEST_GRID or rows < 0 or (text and text.endswith("x")):
             raise ValueError
     except ValueError:
-        raise UserError(f"--grid {text}: must look like 10 or 10x4 (columns x rows)") from None
+        raise UserError(f"--grid {text}: must look like 10 or 10x4 (columns x rows), with at most "
+                        f"{LARGEST_GRID} columns") from None
     return columns, rows
 
 
@@ -133,12 +135,9 @@ def check_out(path, kind, force):
                             "another name")
     if path.exists() and not force and (kind != "folder" or any(path.iterdir())):
         raise UserError(f"--out {path} exists; --force replaces it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path}: {error.strerror}") from error
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {path}: cannot write to {path.parent}")
+    above = next(folder for folder in path.resolve().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {path}: cannot write to {above}")
 
 
 # ---- Networks and what is drawn from them ----
@@ -179,7 +178,7 @@ def heun_row(opened, steps):
     def sampler(*inputs):
         return [sample_heun(*inputs, steps=steps)]
 
-    return opened, sampler, [f"teacher, {2 * steps - 1} evaluations"]
+    return opened, sampler, [f"teacher, {2 * steps - 1} evaluation{'s' * (steps > 1)}"]
 
 
 def last_only(*inputs, sigmas):
@@ -229,6 +228,7 @@ def choose_labels(args, network):
 
 def write(path, blocks, args, rows, labels):
     network = rows[0][0].network
+    path.parent.mkdir(parents=True, exist_ok=True)
     if args.kind == "png":
         write_picture(path, blocks, args, rows, labels)
     elif distributed.rank() > 0:

@@ -9,6 +9,7 @@ Each run is one command of train.py and one of evaluate.py, on one thread; its s
 under results/tables/<run>/seed<k>/, its checkpoints under runs/tables.
 """
 
+import argparse
 import os
 import shlex
 import shutil
@@ -154,7 +155,12 @@ def make_again(names, seeds, jobs):
               **{what: read(name, seed, KEPT) == read(name, seed, AGAIN / "kept")
                  for what, read in (("figures", all_figures), ("metrics", all_metrics))}}
              for name in names for seed in seeds if seed in RUNS[name].seeds]
-    write_json(HERE / KEPT / "again.json", found)
+    path = HERE / KEPT / "again.json"
+    made = [(one["run"], one["seed"]) for one in found]
+    kept = [one for one in (read_json(path) if path.exists() else [])
+            if (one["run"], one["seed"]) not in made]
+    write_json(path, sorted(kept + found, key=lambda one: (list(RUNS).index(one["run"]),
+                                                           one["seed"])))
 
 
 def all_figures(name, seed, kept):
@@ -341,7 +347,8 @@ TABLES = {f.__name__: f for f in (methods, steps, budgets, two_step_ablation, un
 # ---- Command ----
 
 def main():
-    parser = Parser(prog="tables.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="tables.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="RUN", default=list(RUNS),
                         help=f"these runs alone: {', '.join(RUNS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="K",
@@ -356,6 +363,11 @@ def main():
     unknown = sorted(set(args.only) - set(RUNS))
     if unknown:
         raise UserError(f"--only {' '.join(unknown)}: there is {', '.join(RUNS)}")
+    if not any(seed in RUNS[name].seeds for name in args.only for seed in args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: none of these runs has one of "
+                        f"them; there is {' '.join(map(str, SEEDS))}")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be at least 1")
     if args.pictures:
         from plots import draw_all
         draw_all()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 
 import distributed
-from errors import run
+from errors import UserError, run
 from losses import (denoising_loss, dm_loss, edm_loss, gan_adapted_loss, gan_student_loss,
                     regression_loss, sid_loss, unforget_loss)
 from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sigma_grid,
@@ -29,7 +29,7 @@ from noise_pairs import noise_image_pairs
 from options import parse
 from plan import report
 from presets import NETWORKS
-from records import Log, StopSignal, open_run
+from records import Log, StopSignal, drop_unused, open_run
 from roles import load_roles, make_trainable, new_teacher, resume
 from scoring import Scorer
 
@@ -319,10 +319,13 @@ def main(argv=None):
             continue
         stop = stop or StopSignal()
         lock = open_run(options.folder, config, options)
-        if config.stage == 0:
-            code = train_teacher(config, options, device, stop, preset.network)
-        else:
-            code = distill(config, options, device, stop)
+        try:
+            code = (distill(config, options, device, stop) if config.stage else
+                    train_teacher(config, options, device, stop, preset.network))
+        except UserError:
+            if lock:
+                drop_unused(options.folder)
+            raise
         if code:
             break
         if lock:

@@ -192,8 +192,9 @@ def test_flops_of_a_pass_and_its_gradients():
 
 @pytest.mark.parametrize("argv, said", [
     (("--iterations", "3"), "multiples of --ttur"), (("--repeats", "0"), "--repeats is 0"),
-    (("--peak-tflops", "-1"), "--peak-tflops"), (("--json", "/none/x.json"), "no folder"),
-    (("--width", "3"), "--width 3"), (("--nothing",), "--nothing"), (("--stage", "9"), "--stage")])
+    (("--peak-tflops", "-1"), "--peak-tflops"), (("--json", "/none/x.json"), "no file can be"),
+    (("--width", "3"), "--width 3"), (("--nothing",), "--nothing"), (("--stage", "9"), "--stage"),
+    (("--dry-run",), "train.py --dry-run"), (("--json", "/"), "--json /")])
 def test_a_mistake_ends_with_two_and_one_line(argv, said, monkeypatch, capsys):
     assert call(monkeypatch, bench, *argv) == 2
     error = capsys.readouterr().err

@@ -245,7 +245,9 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--images mixed", "--images unreadable", "--images good --n 4",
        "--images good --repeats 2", "--images good --steps 1", "--images colour",
        "--table none.json", "--table foreign.json", "--table good", "--n many", "--unknown",
-       "--checkpoint student.pt --precision-recall --data colour"]
+       "--checkpoint student.pt --precision-recall --data colour",
+       "--images colour --dataset digits", "--checkpoint student.pt --out good",
+       "--checkpoint student.pt --out good --force", "--n 100000001"]
 
 
 def fill(folder, *images):

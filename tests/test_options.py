@@ -305,7 +305,11 @@ def refused(*argv):
     ("--variant best", ["--variant best", "--stage 1, --stage 2, --stage 3"]),
     ("--stage 4", ["--stage 4", "--stage 3"]), ("--stage -1", ["--stage -1", "--stage 0"]),
     ("--method sid --stage 2", ["--method sid --stage 2", "--stage 1"]),
-    ("--method dmd2 --stage 4", ["--stage 4"]), ("--stage two", ["--stage", "two"]),
+    ("--method dmd2 --stage 4", ["--stage 4", "--stage 1, --stage 2, --stage 3"]),
+    ("--stage 1 --sigmas 80 2", ["--sigmas is (80.0, 2.0)", "1 noise level"]),
+    ("--stage 0 --teacher a.pt", ["--teacher is for a student"]),
+    ("--stage 0 --gan-weight 1", ["--gan-weight is for a student"]),
+    ("--stage two", ["--stage", "two"]),
     ("--stage 0 --variant ../../elsewhere", ["--variant ../../elsewhere"]),
     ("--dataset cifar10 --method dmd --variant longer", ["longer", "--variant unconditional"]),
     ("--iterations 0", ["--iterations is 0", "at least 1"]),
@@ -425,7 +429,9 @@ def test_a_reader_that_leaves_early_is_no_traceback():
 
 def opened(folder, *argv):
     (_, config, how), = parse("--stage", 1, "--folder", folder, *argv)
-    return records.open_run(how.folder, config, how)
+    lock = records.open_run(how.folder, config, how)
+    records.write_config(how.folder, config, how)               # as a run does when it begins
+    return lock
 
 
 def test_config_json_holds_the_configuration_and_what_produced_the_numbers(tmp_path):
@@ -497,7 +503,7 @@ def test_what_a_killed_run_was_writing_is_cleared_away_and_nothing_else(tmp_path
         (folder / name).write_text("x")
     opened(tmp_path).close()
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".hidden", "config.json", "latest.pt", "lock", "notes.tmp", "samples"]
+        ".hidden", "config.json", "latest.pt", "lock", "notes.tmp"]
 
 
 HOLDER = """

@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, call, save_student, small_network, torchrun
+from faults import until
+from helpers import GOLDEN, ROOT, call, save_student, small_network, torchrun
 from PIL import Image
 
 import distributed
@@ -255,7 +259,9 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--n 9999", "--seeds 5-2", "--seeds 1,1", "--seeds x", "--n 3 --seeds 0-2", "--grid 3y",
        "--grid 2x", "--grid 2x2 --n 5", "--compare --out a.npz", "--compare --steps 2",
        "--teacher --steps 2", "--sigmas 1 2", "--class 1 --labels random", "--unknown",
-       "--heun 0", "--checkpoint student.pt --heun 2"]
+       "--heun 0", "--checkpoint student.pt --heun 2", "--compare --grid 3", "--grid 5000",
+       "--n 100000001 --out a.zip", "--checkpoint none.pt --out new/folder/a.png",
+       "--checkpoint student.pt --class 10 --out new/folder"]
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -266,11 +272,23 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(student, monkeypatch, c
     Path("here.zip").write_bytes(b"kept")
     Path("taken").mkdir()
     Path("taken/letter.txt").write_text("kept")
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    before = {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
     assert call(monkeypatch, sample, *flags.split()) == 2
     error = capfd.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+    assert {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")} == before
+
+
+@pytest.mark.parametrize("out", ["new/a.zip", "new/a"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_nothing_half_made(student, out, name):
+    command = subprocess.Popen([sys.executable, ROOT / "sample.py", "--n", "50000", "--out", out,
+                                "--checkpoint", "student.pt"], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    until(lambda: list(Path("new").glob(".a*.tmp")))
+    command.send_signal(signal.Signals[name])
+    assert command.communicate(timeout=30)[1].endswith("interrupted\n")
+    assert command.returncode == 130 and list(Path("new").iterdir()) == []
 
 
 @pytest.mark.parametrize("out", ["a.zip", "a.npz", "a", "a.png"])

@@ -8,6 +8,7 @@ import pytest
 
 import options
 import tables
+from helpers import call
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDED = sorted(p.parent for p in (ROOT / tables.KEPT).rglob("evaluation.json"))
@@ -92,3 +93,17 @@ def test_a_run_is_made_once_and_made_again_the_same(monkeypatch, tmp_path, capsy
     log.write_text("\n".join([lines[0].replace('"iteration": ', '"iteration": 1'), *lines[1:]]))
     tables.make_again(["pmdd-1"], (0,), 1)
     assert "| `pmdd-1` | 0 | equal to the last digit | differs |" in tables.again()
+    other = {"run": "dmd", "seed": 2, "figures": True, "metrics": True}
+    (tables.KEPT / "again.json").write_text(json.dumps([other]))
+    tables.make_again(["pmdd-1"], (0,), 1)                  # what others found stays
+    assert json.loads((tables.KEPT / "again.json").read_text())[0] == other
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--jobs", 0], "--jobs 0"), (["--again", "--seeds", 7], "--seeds 7: none"),
+    (["--only", "dmd-sigma", "--seeds", 1], "--seeds 1: none"), (["--only", "x"], "--only x")])
+def test_a_mistake_ends_with_two_and_one_line(argv, said, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "make_all", None)
+    assert call(monkeypatch, tables, *argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error

@@ -546,6 +546,18 @@ def test_a_checkpoint_of_another_dataset_or_architecture_is_refused(teacher, tmp
                          str(tmp_path / "wide.pt")))
 
 
+def test_a_refused_command_changes_and_leaves_nothing(teacher, tmp_path):
+    train.main(flags(teacher, tmp_path, "--stage", "1"))
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    for more in (["--method", "dmd2", "--force"], ["--teacher", "nowhere.pt", "--force"]):
+        with pytest.raises(UserError):
+            train.main(flags(teacher, tmp_path, "--stage", "1", *more))
+    with pytest.raises(UserError):
+        train.main(flags("nowhere.pt", tmp_path / "another", "--stage", "1"))
+    after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    assert after == before
+
+
 def test_a_stage_cannot_skip_the_one_before(teacher, tmp_path):
     train.main(flags(teacher, tmp_path, "--stage", "1"))
     start = str(tmp_path / "stage1" / "best.pt")
