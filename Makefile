@@ -53,9 +53,9 @@ bench: .venv/run
 	$(DIGITS) --loss dm --what train memory --json results/bench-digits-dm.json
 	.venv/bin/python results/measure_scaling.py
 	$(CIFAR10) --repeats 5 --stage 1 --json results/bench-cifar10-sid-1.json
-	$(CIFAR10) --repeats 1 --stage 2 --what train memory --json results/bench-cifar10-sid-2.json
-	$(CIFAR10) --repeats 1 --stage 3 --what train memory --json results/bench-cifar10-sid-3.json
-	$(CIFAR10) --repeats 1 --loss dm --what train memory --json results/bench-cifar10-dm.json
+	$(CIFAR10) --repeats 3 --stage 2 --what train memory --json results/bench-cifar10-sid-2.json
+	$(CIFAR10) --repeats 3 --stage 3 --what train memory --json results/bench-cifar10-sid-3.json
+	$(CIFAR10) --repeats 3 --loss dm --what train memory --json results/bench-cifar10-dm.json
 	.venv/bin/python readme.py
 
 .venv/bin/python:

@@ -53,6 +53,8 @@ def shown(path):
 
 def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None):
     """A checkpoint of ours, a published name, an EDM or SiD pickle, or a DMD2 state dict."""
+    if Path(source).is_dir():
+        raise UserError(f"{source} is a folder; name a file, such as a run's best.pt")
     payload, published = read_ours(source), str(source) in PUBLISHED_NETWORKS
     if payload:
         if sigmas:

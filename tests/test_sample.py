@@ -261,7 +261,7 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--teacher --steps 2", "--sigmas 1 2", "--class 1 --labels random", "--unknown",
        "--heun 0", "--checkpoint student.pt --heun 2", "--compare --grid 3", "--grid 5000",
        "--n 100000001 --out a.zip", "--checkpoint none.pt --out new/folder/a.png",
-       "--checkpoint student.pt --class 10 --out new/folder"]
+       "--checkpoint student.pt --class 10 --out new/folder", "--checkpoint taken"]
 
 
 @pytest.mark.parametrize("flags", BAD)
