@@ -1,4 +1,4 @@
-"""Grids of images as PNG: whole-pixel enlargement, optional labels."""
+"""Pictures: grids of images, enlarged by whole pixels, and the curves of a run."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -38,3 +38,36 @@ def add_row_labels(picture, labels, rows, cell_h, gap, background):
 
 def save_png(picture, path):
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def draw_curves(lines, path):
+    """The lines of metrics.jsonl as a picture, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves.png: it needs matplotlib (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [n for n in ("distill", "unforget", "gan", "regression", "denoising",
+                         "student_gradient", "adapted_gradient", "image_mean", "image_spread")
+             if any(n in line for line in lines)]
+    fids = sorted({n for line in lines for n in line if "FID" in n})
+    groups = [[n] for n in names] + [fids] * bool(fids)
+    rows = -(-len(groups) // 4)
+    figure, axes = plt.subplots(rows, 4, squeeze=False, figsize=(12, 2.3 * rows),
+                                layout="constrained")
+    for axis in axes.flat[len(groups):]:
+        axis.axis("off")
+    for axis, group in zip(axes.flat, groups):
+        for name in group:
+            points = [(line["iteration"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points), label=name, marker="." if "FID" in name else None, linewidth=1)
+        axis.set_title(group[0] if group != fids else f"{fids[0].split('@')[0]} by steps",
+                       fontsize=9)
+        axis.tick_params(labelsize=7)
+        if len(group) > 1:
+            axis.legend(fontsize=7)
+    write_atomically(path, lambda t: figure.savefig(t, format="png", dpi=100))
+    plt.close(figure)

@@ -8,8 +8,8 @@ from PIL import Image
 import tables
 from errors import UserError
 from evaluation_records import records_under
-from pictures import add_row_labels, save_png
-from records import draw_curves
+from pictures import add_row_labels, draw_curves, save_png
+from records import read_metrics
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -25,7 +25,8 @@ def draw_all():
         brightness()
     fid_by_evaluations()
     for stage in ("stage1", "stage2", "stage3"):        # of the embedded student
-        draw_curves(RESULTS / "embedded" / stage)
+        folder = RESULTS / "embedded" / stage
+        draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
     runs = HERE / "runs" / "embedded"                   # of `make assets`
     if any(runs.glob("stage[1-9]/samples/*.png")):
         progress(runs, RESULTS / "progress.png")

@@ -133,13 +133,14 @@ def loop():
                          f"{t['seconds_of_an_iteration']['median']:.2f}",
                          number(t["images_a_second"]), parts,
                          f"{100 * share['clipping and AdamW']:.0f}",
-                         *(f"{m[what]['plan_mib']:,.0f}: {m[what]['against_plan']:.2f}"
+                         *(f"{m[what]['against_plan']:.2f} of {m[what]['plan_mib']:,.0f}"
                            for what in ("tensors", "process")),
                          on_gpu(one, "training", lambda t: f"{number(t['images_a_second'])}, "
                                 f"efficiency {t['loop_efficiency']['median']:.3f}")])
     head = ["network", "threads", "stage, loss", "loop efficiency", "seconds an iteration",
             "images a second", "% in roll-out, student, adapted, EMA, rest",
-            "% in clipping and AdamW", "tensors, MiB planned: / plan", "whole process", "on a GPU"]
+            "% in clipping and AdamW", "tensors, of MiB planned", "process, of MiB planned",
+            "on a GPU"]
     return markdown(head, rows)
 
 

@@ -1,4 +1,4 @@
-"""A run is its own record: the folder, its configuration, metrics, sample grids and curves."""
+"""A run is its own record: the folder, its configuration, metrics, sample grids, checkpoints."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ import distributed
 from checkpoint import save, save_latest, write_atomically
 from errors import RunFailed, UserError
 from models import sample_heun, sample_seeds, sample_student, to_uint8
-from pictures import grid, save_png
+from pictures import draw_curves, grid, save_png
 from roles import payload
 
 LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
@@ -153,40 +153,6 @@ def save_samples(network, sigmas, path, device, columns=8):
     images, _ = sample_seeds(network, seeds, sampler, classes=classes, device=device)
     path.parent.mkdir(exist_ok=True)
     save_png(grid(to_uint8(images).cpu(), columns), path)
-
-
-def draw_curves(folder, say=print):
-    """metrics.jsonl as a picture, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        say("no curves.png: it needs matplotlib (pip install matplotlib)")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = read_metrics(folder / "metrics.jsonl")
-    names = [n for n in ("distill", "unforget", "gan", "regression", "denoising",
-                         "student_gradient", "adapted_gradient", "image_mean", "image_spread")
-             if any(n in line for line in lines)]
-    fids = sorted({n for line in lines for n in line if "FID" in n})
-    groups = [[n] for n in names] + [fids] * bool(fids)
-    rows = -(-len(groups) // 4)
-    figure, axes = plt.subplots(rows, 4, squeeze=False, figsize=(12, 2.3 * rows),
-                                layout="constrained")
-    for axis in axes.flat[len(groups):]:
-        axis.axis("off")
-    for axis, group in zip(axes.flat, groups):
-        for name in group:
-            points = [(line["iteration"], line[name]) for line in lines if name in line]
-            axis.plot(*zip(*points), label=name, marker="." if "FID" in name else None, linewidth=1)
-        axis.set_title(group[0] if group != fids else f"{fids[0].split('@')[0]} by steps",
-                       fontsize=9)
-        axis.tick_params(labelsize=7)
-        if len(group) > 1:
-            axis.legend(fontsize=7)
-    write_atomically(folder / "curves.png", lambda t: figure.savefig(t, format="png", dpi=100))
-    plt.close(figure)
 
 
 class StopSignal:
@@ -331,5 +297,5 @@ class Log:
     def finish(self):
         self.bar.close()
         if self.first:
-            draw_curves(self.folder)
+            draw_curves(read_metrics(self.metrics.path), self.folder / "curves.png")
         return 0
