@@ -346,8 +346,7 @@ def memory_of(job, answer):
     set_precision(job.options.precision)
     foreseen = math.fsum(plan.memory(job.config, job.network, job.options.batch_per_gpu,
                                      precision=job.options.precision).values())
-    if whole := not cuda and plan.STATUS.exists():
-        whole = plan.process_memory(foreseen)
+    whole = None if cuda else plan.process_memory(foreseen)
     if not cuda:
         distributed.keep_freed_memory()
     config = dataclasses.replace(job.config, ttur=1)    # so that each iteration updates both
@@ -364,7 +363,7 @@ def memory_of(job, answer):
 def memory(job):
     spawned = multiprocessing.get_context("spawn")      # nothing of ours is in it
     answer = spawned.SimpleQueue()
-    process = spawned.Process(target=memory_of, args=(job, answer))
+    process = spawned.Process(target=memory_of, args=(job, answer), daemon=True)
     process.start()
     process.join()
     if process.exitcode:

@@ -212,7 +212,7 @@ class AdaptedWithHead(nn.Module):
     def forward(self, x_t, sigma, y, output="denoised"):
         if output == "denoised":
             return self.network(x_t, sigma, y)
-        # "logits", for losses in fp32
+        # "logits", whose losses are in fp32 even under autocast
         return self.head(self.network(x_t, sigma, y, output="encoder")).float()
 
 

@@ -35,7 +35,7 @@ def noise_image_pairs(teacher, count, steps, folder, batch, device, stop):
         make_folder(parts)
         size = min(PAIRS_PART, max(1, PART_EVALUATIONS // (2 * steps - 1)))
         ranges = [range(s, min(s + size, count)) for s in range(0, count, size)]
-        files = {pairs: parts / f"{pairs[0]}-{pairs[-1]}-{steps}-{made_by}.npz"
+        files = {pairs: parts / f"{pairs[0]}-{pairs[-1]}-{FIRST_SEED}-{steps}-{made_by}.npz"
                  for pairs in ranges}
         mine = [pairs for pairs in ranges[distributed.rank()::distributed.world_size()]
                 if not files[pairs].exists()]

@@ -12,7 +12,7 @@ from presets import Config, find
 
 
 # What says nothing about a teacher in training.
-STUDENTS = ("teacher", "trained_step", "loss", "alpha", "dm_weighting", "unforget_weight",
+STUDENTS = ("teacher", "sigmas", "trained_step", "loss", "alpha", "dm_weighting", "unforget_weight",
             "external_sampling", "gan_weight", "gan_adapted_weight", "regression_weight",
             "regression_pairs", "regression_steps", "ttur")
 

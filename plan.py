@@ -203,14 +203,16 @@ def memory(config, network_config, batch_per_gpu, world_size=1, precision="fp32"
 
 
 def process_bytes(name):
-    """VmRSS is what this process holds now, VmHWM the most it ever held."""
-    lines = STATUS.read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+    """VmRSS is what this process holds now, VmHWM the most it ever held. None: nobody knows."""
+    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    found = next((line for line in lines if line.startswith(name)), None)
+    return found and 1024 * int(found.split()[1])
 
 
 def process_memory(tensors):
     """Bytes of the whole process, on a CPU, if all its tensors take so many."""
-    return process_bytes("VmRSS") + FIRST_USE + (1 + HOLES) * tensors
+    now = process_bytes("VmRSS")
+    return now and now + FIRST_USE + (1 + HOLES) * tensors
 
 
 def draws(config, network_config, batch_per_gpu):
@@ -308,7 +310,7 @@ def report(config, network_config, batch_per_gpu, world_size, precision="fp32", 
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     total = math.fsum(sizes.values())
     lines += [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]
-    if device == "cpu" and STATUS.exists():
+    if device == "cpu" and (whole := process_memory(total)):
         lines += ["memory, one whole process, with Python, libraries and the heap's holes: "
-                  f"{process_memory(total) / 2**20:,.0f} MiB"]
+                  f"{whole / 2**20:,.0f} MiB"]
     return lines

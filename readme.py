@@ -134,7 +134,7 @@ def loop():
                          number(t["images_a_second"]), parts,
                          f"{100 * share['clipping and AdamW']:.0f}",
                          *(f"{m[what]['against_plan']:.2f} of {m[what]['plan_mib']:,.0f}"
-                           for what in ("tensors", "process")),
+                           if what in m else "not measured" for what in ("tensors", "process")),
                          on_gpu(one, "training", lambda t: f"{number(t['images_a_second'])}, "
                                 f"efficiency {t['loop_efficiency']['median']:.3f}")])
     head = ["network", "threads", "stage, loss", "loop efficiency", "seconds an iteration",

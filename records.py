@@ -26,10 +26,14 @@ LOG_EVERY = 5                   # student updates between two lines of metrics.j
 
 
 def open_run(folder, config, options):
-    """Make or reopen a run's folder; refuse one that another preset made or that is in use."""
+    """Make or reopen a run's folder; refuse one that another preset made or that is in use.
+
+    Returns its lock, to be kept while it runs, and the folders that were made.
+    """
     if distributed.rank() > 0:
         distributed.barrier()
-        return None
+        return None, []
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")
@@ -47,9 +51,11 @@ def open_run(folder, config, options):
     started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()
     if path.exists() and started and not options.force:
         try:
-            made = read_json(path)
-            before, before_how = made.get("config"), made.get("options")
-        except (UserError, AttributeError):
+            written = json.loads(path.read_text())
+            before, before_how = written.get("config"), written.get("options")
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, AttributeError):
             before = before_how = None
         if not (isinstance(before, dict) and isinstance(before_how, dict)):
             raise UserError(f"{path} holds no configuration of a run; --force writes a new one")
@@ -60,7 +66,7 @@ def open_run(folder, config, options):
             raise UserError(f"{folder} was started with another preset: {', '.join(changed)}; "
                             "--force goes on all the same, another --folder starts afresh")
     distributed.barrier()
-    return lock
+    return lock, made
 
 
 def write_config(folder, config, options):
@@ -73,13 +79,13 @@ def as_json(config, options):
             {k: v if v is None else str(v) for k, v in vars(options).items()})
 
 
-def drop_unused(folder):
-    """What open_run made, where the run was refused before it began."""
-    if [path.name for path in folder.iterdir()] == ["lock"]:
-        (folder / "lock").unlink()
-        folder.rmdir()
-        with contextlib.suppress(OSError):                      # it holds other stages
-            folder.parent.rmdir()
+def drop_unused(folder, made):
+    """The folders that open_run made, where the run was refused before it began."""
+    with contextlib.suppress(OSError):
+        if made and [path.name for path in folder.iterdir()] == ["lock"]:
+            (folder / "lock").unlink()
+            for path in made:
+                path.rmdir()
 
 
 def versions():

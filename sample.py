@@ -107,7 +107,7 @@ def parse_seeds(text):
         for part in text.split(","):
             first, _, last = part.strip().partition("-")
             first, last = int(first), int(last or first)
-            if last < first or last >= 2 ** 62 or last - first >= 10 ** 8:
+            if last < first or last >= 2 ** 62 or last - first >= LARGEST_NUMBER:
                 raise ValueError
             seeds.extend(range(first, last + 1))
     except ValueError:

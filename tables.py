@@ -136,7 +136,11 @@ def make_all(names, seeds, jobs, *places):
                 if seed in RUNS[name].seeds:
                     needed = started.get((RUNS[name].after, seed))
                     started[name, seed] = pool.submit(make, name, seed, needed, places)
-        failed = [str(one.exception()) for one in started.values() if one.exception()]
+        try:
+            failed = [str(one.exception()) for one in started.values() if one.exception()]
+        except KeyboardInterrupt:                           # those that run end, no other begins
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if failed:
         raise RunFailed(failed[0])
 

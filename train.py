@@ -318,13 +318,12 @@ def main(argv=None):
                 print_plan(config, options, device)
             continue
         stop = stop or StopSignal()
-        lock = open_run(options.folder, config, options)
+        lock, made = open_run(options.folder, config, options)
         try:
             code = (distill(config, options, device, stop) if config.stage else
                     train_teacher(config, options, device, stop, preset.network))
-        except UserError:
-            if lock:
-                drop_unused(options.folder)
+        except (UserError, OSError):
+            drop_unused(options.folder, made)
             raise
         if code:
             break

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +161,9 @@ def test_a_dry_run_says_what_the_whole_process_will_take(monkeypatch, capsys):
     assert large[0] - small[0] > 50             # MiB
     assert math.isclose(large[1] - small[1], (1 + plan.HOLES) * (large[0] - small[0]), abs_tol=20)
     assert small[1] - (1 + plan.HOLES) * small[0] > 100
+    monkeypatch.setattr(plan, "STATUS", Path("/nowhere"))       # a system that does not say
+    assert call(monkeypatch, train, "--stage", "1", "--dry-run") == 0
+    assert "whole process" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv", [(), ("--stage", "3"), ("--method", "dmd2"),

@@ -537,10 +537,10 @@ def test_a_damaged_part_says_to_move_it_away(teacher, tmp_path, monkeypatch):
                         lambda: (_ for _ in ()).throw(Interrupted()))
         with pytest.raises(Interrupted):
             make(teacher, tmp_path)
-    (part,) = (tmp_path / "pairs").glob("4-7-3-*.npz")
+    (part,) = (tmp_path / "pairs").glob("4-7-*-3-*.npz")
     content = part.read_bytes()
     part.write_bytes(content[:-40])
-    with pytest.raises(UserError, match="4-7-3-.* is damaged .* move it away, it will be made"):
+    with pytest.raises(UserError, match="4-7-.* is damaged .* move it away, it will be made"):
         make(teacher, tmp_path)
     part.unlink()
     pairs = make(teacher, tmp_path)

@@ -335,7 +335,7 @@ def refused(*argv):
     ("--betas -0.5 0.9", ["--betas is (-0.5, 0.9)"]),
     ("--stage 2 --sigmas 80", ["--sigmas is (80.0,)", "2 noise levels"]),
     ("--sigmas 80 2.5", ["--sigmas is (80.0, 2.5)", "3 noise levels"]),
-    ("--stage 0 --sigmas 80", ["--sigmas is (80.0,)", "0 noise levels"]),
+    ("--stage 0 --sigmas 80", ["--sigmas is for a student"]),
     ("--stage 2 --sigmas 2.5 80", ["--sigmas is (2.5, 80.0)", "falling"]),
     ("--stage 2 --sigmas 80 80", ["--sigmas is (80.0, 80.0)", "falling"]),
     ("--stage 2 --sigmas 80 0", ["--sigmas is (80.0, 0.0)", "above 0"]),
@@ -429,7 +429,7 @@ def test_a_reader_that_leaves_early_is_no_traceback():
 
 def opened(folder, *argv):
     (_, config, how), = parse("--stage", 1, "--folder", folder, *argv)
-    lock = records.open_run(how.folder, config, how)
+    lock, _ = records.open_run(how.folder, config, how)
     records.write_config(how.folder, config, how)               # as a run does when it begins
     return lock
 
@@ -510,7 +510,7 @@ HOLDER = """
 import sys, time
 import options, records
 (_, config, how), = options.parse(["--stage", "1", "--folder", sys.argv[1]])
-lock = records.open_run(how.folder, config, how)
+lock, _ = records.open_run(how.folder, config, how)
 print("open", flush=True)
 time.sleep(60)
 """

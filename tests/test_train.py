@@ -548,12 +548,16 @@ def test_a_checkpoint_of_another_dataset_or_architecture_is_refused(teacher, tmp
 
 def test_a_refused_command_changes_and_leaves_nothing(teacher, tmp_path):
     train.main(flags(teacher, tmp_path, "--stage", "1"))
+    (tmp_path / "mine" / "stage1").mkdir(parents=True)
+    (tmp_path / "mine" / "stage1" / "lock").touch()             # of an earlier, refused command
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for more in (["--method", "dmd2", "--force"], ["--teacher", "nowhere.pt", "--force"]):
         with pytest.raises(UserError):
             train.main(flags(teacher, tmp_path, "--stage", "1", *more))
     with pytest.raises(UserError):
-        train.main(flags("nowhere.pt", tmp_path / "another", "--stage", "1"))
+        train.main(flags("nowhere.pt", tmp_path / "another" / "run", "--stage", "1"))
+    with pytest.raises(UserError):
+        train.main(flags("nowhere.pt", tmp_path / "mine", "--stage", "1"))
     after = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     assert after == before
 
