@@ -284,7 +284,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(student, monkeypatch, c
 def test_a_signal_leaves_nothing_half_made(student, out, name):
     command = subprocess.Popen([sys.executable, ROOT / "sample.py", "--n", "50000", "--out", out,
                                 "--checkpoint", "student.pt"], stderr=subprocess.PIPE, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+                               env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               preexec_fn=partial(      # the tests themselves may run under nohup
+                                   signal.signal, signal.Signals[name], signal.SIG_DFL))
     until(lambda: list(Path("new").glob(".a*.tmp")))
     command.send_signal(signal.Signals[name])
     assert command.communicate(timeout=30)[1].endswith("interrupted\n")
