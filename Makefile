@@ -22,7 +22,7 @@ test: .venv/dev
 # The long version of the fault tests, recorded: minutes.
 soak: .venv/dev
 	OMP_NUM_THREADS=1 .venv/bin/python tests/soak.py
-	.venv/bin/python readme.py
+	.venv/bin/python -m experiments.readme
 
 lint: .venv/dev
 	.venv/bin/ruff check .
@@ -30,19 +30,19 @@ lint: .venv/dev
 # The embedded networks and the README's figures of them, as they were recorded: one thread, seed 0.
 assets: .venv/run
 	OMP_NUM_THREADS=1 .venv/bin/python train.py --folder $(EMBEDDED) --stage 0
-	.venv/bin/python checkpoint.py $(EMBEDDED)/stage0/best.pt assets/digits-teacher.pt
+	.venv/bin/python -m weights.checkpoint $(EMBEDDED)/stage0/best.pt assets/digits-teacher.pt
 	OMP_NUM_THREADS=1 .venv/bin/python train.py --folder $(EMBEDDED)
 	for k in 0 1 2 3; do mkdir -p results/embedded/stage$$k && cp $(EMBEDDED)/stage$$k/config.json \
 		$(EMBEDDED)/stage$$k/metrics.jsonl results/embedded/stage$$k; done
-	.venv/bin/python checkpoint.py $(EMBEDDED)/stage3/best.pt assets/digits-student.pt
+	.venv/bin/python -m weights.checkpoint $(EMBEDDED)/stage3/best.pt assets/digits-student.pt
 	.venv/bin/python evaluate.py --dataset digits --runs none --steps 1 2 3 --heun 18 --repeats 3 \
 		--out results/embedded/evaluation.json
 	.venv/bin/python evaluate.py --dataset digits --heun 9 5 --out results/embedded/evaluation.json
 	.venv/bin/python sample.py --runs none --compare --force --out results/compare.png
-	.venv/bin/python readme.py
+	.venv/bin/python -m experiments.readme
 
 # The figures of the README's section on speed; on a machine with nothing else to do.
-BENCH = .venv/bin/python bench.py
+BENCH = .venv/bin/python -m experiments.bench
 DIGITS = $(BENCH) --iterations 10 --repeats 7
 CIFAR10 = $(BENCH) --dataset cifar10 --batch 8 --warm-up 1
 bench: .venv/run
@@ -51,12 +51,12 @@ bench: .venv/run
 		--json results/bench-digits-dm-1-thread.json
 	$(DIGITS) --json results/bench-digits-sid.json
 	$(DIGITS) --loss dm --what train memory --json results/bench-digits-dm.json
-	.venv/bin/python results/measure_scaling.py
+	.venv/bin/python -m experiments.measure_scaling
 	$(CIFAR10) --repeats 5 --stage 1 --json results/bench-cifar10-sid-1.json
 	$(CIFAR10) --repeats 3 --stage 2 --what train memory --json results/bench-cifar10-sid-2.json
 	$(CIFAR10) --repeats 3 --stage 3 --what train memory --json results/bench-cifar10-sid-3.json
 	$(CIFAR10) --repeats 3 --loss dm --what train memory --json results/bench-cifar10-dm.json
-	.venv/bin/python readme.py
+	.venv/bin/python -m experiments.readme
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -19,17 +19,17 @@ from typing import Callable
 import numpy as np
 import torch
 
-import distributed
-from checkpoint import file_digest
-from data import open_images
-from errors import UserError, run
-from evaluation_records import read_records, record, records_under, table
-from figures import MANIFOLD, NEIGHBOURS, Judge, progress
-from image_files import open_npz
+from base import distributed
+from weights.checkpoint import file_digest
+from images.real import open_images
+from base.errors import UserError, run
+from metrics.evaluations import read_records, record, records_under, table
+from metrics.judge import MANIFOLD, NEIGHBOURS, Judge, progress
+from images.sets import open_npz
 from models import first_sigmas, sample_every_step, sample_heun
-from networks import (ASSETS, LARGEST_NUMBER, Parser, from_rank_zero, open_student,
+from weights.opening import (ASSETS, LARGEST_NUMBER, Parser, from_rank_zero, open_student,
                       open_teacher, prepare, sample_block, say, seed_blocks, shown, steps_text)
-from records import versions
+from training.run_folder import versions
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
 LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import write_atomically
-from digits_network import load_digits_network
-from errors import Parser, UserError, run
-from inception import load_inception
+from weights.checkpoint import write_atomically
+from metrics.digits_classifier import load_digits_network
+from base.errors import Parser, UserError, run
+from metrics.inception import load_inception
 
 
 def feature_network(dataset, cache=None, device="cpu", weights=None):
@@ -254,7 +254,7 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no CUDA device here; cpu works")
 
-    from data import open_images  # training imports this file and needs no real images
+    from images.real import open_images  # training imports this file and needs no real images
     images = open_images(args.data, args.cache)
     kind = "digits" if tuple(images.shape) == (1, 8, 8) else args.data
     network = feature_network(kind, args.cache, args.device, args.inception)

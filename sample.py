@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import distributed
-from errors import UserError, run
-from image_files import write_folder, write_npz, write_zip
+from base import distributed
+from base.errors import UserError, run
+from images.sets import write_folder, write_npz, write_zip
 from models import first_sigmas, sample_every_step, sample_heun, sample_student
-from networks import (LARGEST_NUMBER, Parser, check_sigmas, gathered, open_student, open_teacher,
-                      prepare, sample_block, say, seed_blocks, steps_text)
-from pictures import grid, save_png
+from weights.opening import (LARGEST_NUMBER, Parser, check_sigmas, gathered, open_student,
+                             open_teacher, prepare, sample_block, say, seed_blocks, steps_text)
+from images.pictures import grid, save_png
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",

@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
 
-import distributed
-from errors import UserError, run
+from base import distributed
+from base.errors import UserError, run
 from losses import (denoising_loss, dm_loss, edm_loss, gan_adapted_loss, gan_student_loss,
                     regression_loss, sid_loss, unforget_loss)
 from models import (denoise_together, from_uint8, level, roll_out, sigma_dm, sigma_grid,
                     sigma_lognormal, sigma_sid, update_ema)
-from networks import set_precision
-from noise_pairs import noise_image_pairs
-from options import parse
-from plan import report
+from weights.opening import set_precision
+from training.noise_pairs import noise_image_pairs
+from training.options import parse
+from training.cost import report
 from presets import NETWORKS
-from records import Log, StopSignal, drop_unused, open_run
-from roles import load_roles, make_trainable, new_teacher, resume
-from scoring import Scorer
+from training.run_folder import Log, StopSignal, drop_unused, open_run
+from training.roles import load_roles, make_trainable, new_teacher, resume
+from metrics.scoring import Scorer
 
 
 def distill(config, options, device, stop):
@@ -231,9 +231,9 @@ def extra_inputs(config, options, teacher, device, stop):
     """Real images, noise-image pairs and their distance, where a term needs them."""
     real = pairs = distance = None
     if config.gan_weight:
-        import data
-        real = data.open_images(options.data, options.cache)
-        data.check_fits(real, teacher)
+        from images import real
+        real = real.open_images(options.data, options.cache)
+        real.check_fits(real, teacher)
     if config.regression_weight:
         distance = perceptual_distance(config, options, device)
         pairs = noise_image_pairs(teacher, config.regression_pairs, config.regression_steps,
@@ -243,18 +243,18 @@ def extra_inputs(config, options, teacher, device, stop):
 
 def perceptual_distance(config, options, device):
     if config.dataset == "digits":                      # Deviation 11
-        from digits_network import load_digits_network
+        from metrics.digits_classifier import load_digits_network
         return load_digits_network(device=device).perceptual_distance
-    from lpips import load_lpips
+    from metrics.lpips import load_lpips
     return load_lpips(options.cache, device)
 
 
 def train_teacher(config, options, device, stop, network_config):
     """Stage 0, where no teacher is published: EDM's loss on real images."""
-    import data
-    images = data.open_images(options.data, options.cache)
+    from images import real
+    images = real.open_images(options.data, options.cache)
     roles = new_teacher(config, options, network_config, device)
-    data.check_fits(images, roles.student)
+    real.check_fits(images, roles.student)
     optimizer = adamw(roles.student, config)
     start, best_fid, unscored = resume(config, options, roles, [optimizer])
     network, broken = distributed.parallel(roles.student), torch.zeros((), device=device)

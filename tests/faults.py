@@ -23,10 +23,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import checkpoint  # noqa: E402
-import errors  # noqa: E402
+from weights import checkpoint  # noqa: E402
+from base import errors  # noqa: E402
 import evaluate  # noqa: E402
-import records  # noqa: E402
+from training import run_folder  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from edm_networks import EDMPrecond  # noqa: E402
@@ -162,7 +162,7 @@ def until(condition, seconds=60):
 
 def iterations_done(folder):
     """Lines of metrics that a run has written; 0 before it has begun."""
-    return len(records.read_metrics(Path(folder) / "metrics.jsonl"))
+    return len(run_folder.read_metrics(Path(folder) / "metrics.jsonl"))
 
 
 # ---- Faults, put into a process before its command begins ----
@@ -185,31 +185,31 @@ def slow_writes(seconds):
 
 def note_saves(path):
     """A line for every checkpoint that the run believes to be on the disk."""
-    real = records.save_latest
+    real = run_folder.save_latest
 
     def save_latest(folder, payload):
         real(folder, payload)
         with open(path, "a") as file:
             file.write(f"{folder.name} {payload['iteration']}\n")
 
-    records.save_latest = save_latest
+    run_folder.save_latest = save_latest
 
 
 def die_after_saving(iteration):
-    real = records.save_latest
+    real = run_folder.save_latest
 
     def save_latest(folder, payload):
         real(folder, payload)
         if payload["iteration"] == iteration:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    records.save_latest = save_latest
+    run_folder.save_latest = save_latest
 
 
 def full_disk(what, room):
     """No room at all from when the second `what` is about to be written, until `room` is gone."""
-    owner, name = {"checkpoint": (torch, "save"), "sample": (records, "save_samples"),
-                   "metrics": (records.Metrics, "write")}[what]
+    owner, name = {"checkpoint": (torch, "save"), "sample": (run_folder, "save_samples"),
+                   "metrics": (run_folder.Metrics, "write")}[what]
     real, calls = getattr(owner, name), []
 
     def write(*args, **kwargs):
@@ -276,7 +276,7 @@ def outcome(run):
     for stage in sorted(Path(run).glob("stage*")):
         saved = {name: plain(checkpoint.load(stage / name)) for name in ("latest.pt", "best.pt")}
         lines = [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")}
-                 for line in records.read_metrics(stage / "metrics.jsonl")]
+                 for line in run_folder.read_metrics(stage / "metrics.jsonl")]
         pictures = {p.name: p.read_bytes() for p in sorted((stage / "samples").iterdir())}
         ends[stage.name] = saved | {"metrics": lines, "samples": pictures}
     return ends

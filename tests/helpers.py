@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import errors
-import noise_pairs
+from weights import checkpoint
+from base import errors
+from training import noise_pairs
 from edm_networks import EDMPrecond
 from presets import DIGITS_NETWORK, PMDD_SIGMAS
 

@@ -343,7 +343,7 @@ def hostile(run, good):
 
 def read_within_limits(path, cache):
     """In a forked process, what load_network says of the file, and how long it took."""
-    import pretrained
+    from weights import pretrained
     inlet, outlet = os.pipe()
     start = time.monotonic()
     if (child := os.fork()) == 0:

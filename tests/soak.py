@@ -24,10 +24,10 @@ from faults import (GAN, ROOT, STAGE_1, Command, SmallDisk, differences, ended, 
                     lost, one_line, outcome, until)
 from test_download import Server
 
-import checkpoint
-import errors
+from weights import checkpoint
+from base import errors
 import hostile_pickles
-import records
+from training import run_folder
 
 KILLS, DAMAGES, STOPS, CASES = 30, 50, 5, 10_000
 ROOM = 4 << 30                          # bytes that all of the fuzzing may take more than it has
@@ -316,7 +316,7 @@ def main():
             print(f"  {record[name]}", flush=True)
     if not args.part:
         record |= {"seed": args.seed, "seconds": round(time.monotonic() - began),
-                   "versions": records.versions() | {"python": sys.version.split()[0],
+                   "versions": run_folder.versions() | {"python": sys.version.split()[0],
                                                      "hypothesis": version("hypothesis")}}
         text = json.dumps(record, indent=1) + "\n"
         checkpoint.write_atomically(ROOT / "results" / "soak.json",

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-import options
-import plan
+from experiments import bench
+from training import options
+from training import cost
 import train
 from helpers import call
 from presets import CIFAR10_NETWORK, DIGITS_NETWORK, NETWORKS
@@ -85,12 +85,12 @@ def test_the_limit_has_exactly_the_passes_that_the_loop_makes(argv, tmp_path):
     seen, wanted = seen_in_the_loop(here, iterations), Counter()
     steps = drawn_steps(config, iterations)
     for step, n in enumerate(steps):
-        for one in plan.iteration_passes(config, n, step % config.ttur == 0):
+        for one in cost.iteration_passes(config, n, step % config.ttur == 0):
             if one.role != "distance":
                 wanted[one.role, one.gradient, one.output] += one.batches * config.batch
     assert seen == wanted
     if len(set(steps)) == 1:
-        figures = plan.passes(dataclasses.replace(config, iterations=iterations))
+        figures = cost.passes(dataclasses.replace(config, iterations=iterations))
         assert figures["images forward through a network"] == sum(
             images for (_, _, output), images in seen.items() if output == "denoised")
         assert figures["images backward through a network"] == sum(
@@ -138,9 +138,9 @@ def test_the_limit_grows_with_the_loop_and_parts_sum_to_it(tmp_path):
 def test_the_plan_is_the_memory_that_the_loops_tensors_take(argv, tmp_path):
     preset, config, how = options.parse(["--batch", "64", *argv])[0]
     here = bench.make_job(tmp_path, 0, preset, dataclasses.replace(config, ttur=1), how, DEVICE)
-    with plan.LiveBytes() as live:
+    with cost.LiveBytes() as live:
         bench.Watch(here, repeats=1, cycle=1, warm_up=1, limit=False).run()
-    planned = sum(plan.memory(here.config, SMALL, how.batch_per_gpu).values())
+    planned = sum(cost.memory(here.config, SMALL, how.batch_per_gpu).values())
     assert 1 / 1.1 < live.peak / planned < 1.1
 
 
@@ -159,9 +159,9 @@ def test_a_dry_run_says_what_the_whole_process_will_take(monkeypatch, capsys):
 
     small, large = said("--batch", "64"), said("--batch", "256")
     assert large[0] - small[0] > 50             # MiB
-    assert math.isclose(large[1] - small[1], (1 + plan.HOLES) * (large[0] - small[0]), abs_tol=20)
-    assert small[1] - (1 + plan.HOLES) * small[0] > 100
-    monkeypatch.setattr(plan, "STATUS", Path("/nowhere"))       # a system that does not say
+    assert math.isclose(large[1] - small[1], (1 + cost.HOLES) * (large[0] - small[0]), abs_tol=20)
+    assert small[1] - (1 + cost.HOLES) * small[0] > 100
+    monkeypatch.setattr(cost, "STATUS", Path("/nowhere"))       # a system that does not say
     assert call(monkeypatch, train, "--stage", "1", "--dry-run") == 0
     assert "whole process" not in capsys.readouterr().out
 
@@ -173,14 +173,14 @@ def test_the_plan_draws_as_much_noise_as_an_iteration(argv):
     network = type("shape", (), {"image_shape": (1, 8, 8), "label_dim": 10})
     _, drawn = train.draw_iteration(config, 0, network, DEVICE, [0] if config.gan_weight else None,
                                     None)
-    whole = plan.draws(config, SMALL, config.batch)[0]
+    whole = cost.draws(config, SMALL, config.batch)[0]
     made = [drawn[name] for name in drawn if name.startswith(("z", "eps", "noises"))]
     assert sum(x.numel() for x in made) == sum(x.numel() for x in whole)
 
 
 def test_bf16_halves_the_activations_and_no_weight():
     preset, config, _ = options.parse(["--dataset", "cifar10", "--stage", "1"])[0]
-    full, half = (plan.memory(config, CIFAR10_NETWORK, 256, precision=p) for p in ("fp32", "bf16"))
+    full, half = (cost.memory(config, CIFAR10_NETWORK, 256, precision=p) for p in ("fp32", "bf16"))
     name = "activations and noise beside them"
     assert 0.45 < half[name] / full[name] < 0.7
     assert {k: v for k, v in half.items() if k != name} == {
@@ -188,10 +188,10 @@ def test_bf16_halves_the_activations_and_no_weight():
 
 
 def test_flops_of_a_pass_and_its_gradients():
-    forward, through, weights = (plan.flops(SMALL, plan.Pass("student", 1, gradient))
+    forward, through, weights = (cost.flops(SMALL, cost.Pass("student", 1, gradient))
                                  for gradient in ("none", "input", "weights"))
     assert 1.9 < through / forward < 2.1 and 2.9 < weights / forward < 3.05
-    assert plan.flops(SMALL, plan.Pass("student", 3)) == 3 * forward
+    assert cost.flops(SMALL, cost.Pass("student", 3)) == 3 * forward
 
 
 @pytest.mark.parametrize("argv, said", [

@@ -15,9 +15,9 @@ import zipfile
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import DamagedCheckpoint, load, load_latest, save, save_latest
-from errors import RunFailed, UserError
+from weights import checkpoint
+from weights.checkpoint import DamagedCheckpoint, load, load_latest, save, save_latest
+from base.errors import RunFailed, UserError
 from helpers import small_network
 
 NUMBERS = {"iteration": 3, "sigmas": [80.0, 2.515], "best_fid": float("inf"),

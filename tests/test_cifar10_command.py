@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import records
+from weights import checkpoint
+from training import run_folder
 from edm_networks import EDMPrecond
 from fid import read_reference, write_reference
 from hostile_pickles import network_pickle
-from inception import Inception
+from metrics.inception import Inception
 from presets import CIFAR10_NETWORK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ def test_stage_two_of_cifar10_runs_from_the_published_files(published, tmp_path)
     saved = checkpoint.load(folder / "latest.pt")
     assert saved["iteration"] == 2 and saved["network"]["img_resolution"] == 32
     assert saved["sigmas"] == pytest.approx([80, 2.515219], rel=1e-6)
-    fids = {k: v for line in records.read_metrics(folder / "metrics.jsonl")
+    fids = {k: v for line in run_folder.read_metrics(folder / "metrics.jsonl")
             for k, v in line.items() if k.startswith("FID@")}
     assert set(fids) == {"FID@1", "FID@2"} and all(v > 0 for v in fids.values())
     first = checkpoint.load(tmp_path / "runs" / "cifar10-pmdd" / "stage1" / "best.pt")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import data
-import noise_pairs
-from errors import UserError
+from images import real
+from training import noise_pairs
+from base.errors import UserError
 from helpers import small_network
 from models import SeededNoise, sample_heun
 
@@ -25,7 +25,7 @@ from models import SeededNoise, sample_heun
 def refused(source, *words):
     """The one-line error of opening a source and reading all of it; it holds these words."""
     with pytest.raises(UserError) as caught:
-        for _ in data.open_images(str(source)).batches(4):
+        for _ in real.open_images(str(source)).batches(4):
             pass
     for word in (str(source), *words):
         assert word in str(caught.value)
@@ -43,9 +43,9 @@ def noise(shape, seed=0):
 # ---- Digits ----
 
 def test_digits_are_the_published_grey_levels_spread_over_0_to_255():
-    digits = data.open_images("digits")
+    digits = real.open_images("digits")
     assert len(digits) == 1797 and digits.shape == (1, 8, 8) and digits.label_dim == 10
-    with np.load(data.DIGITS) as file:
+    with np.load(real.DIGITS) as file:
         published, labels = file["images"], file["labels"]
     assert published.shape == (1797, 8, 8) and set(np.unique(published)) == set(range(17))
     pixels, classes = digits.take(range(1797))
@@ -60,7 +60,7 @@ def test_digits_are_the_published_grey_levels_spread_over_0_to_255():
 
 
 def test_batches_are_takes_of_consecutive_indices_and_cover_every_image_once():
-    digits = data.open_images("digits")
+    digits = real.open_images("digits")
     batches = list(digits.batches(500))
     assert [len(pixels) for pixels, _ in batches] == [500, 500, 500, 297]
     whole, classes = digits.take(range(1797))
@@ -99,7 +99,7 @@ def test_cifar10_is_read_in_the_order_of_its_five_files_without_the_test_set(tmp
                 ("cifar-10-batches-bin/batches.meta.txt", b"airplane\n")]
     for mode in ("w:gz", "w"):
         path = archive(tmp_path / f"archive.{mode[2:]}", members, mode)
-        images = data.open_images(str(path))
+        images = real.open_images(str(path))
         assert len(images) == 20 and images.shape == (3, 32, 32) and images.label_dim == 10
         pixels, classes = images.take(range(20))
         assert np.array_equal(pixels.numpy(), np.concatenate([p[2] for p in parts.values()]))
@@ -138,7 +138,7 @@ def test_an_archive_cannot_write_link_or_unpickle_anything(tmp_path):
     folder.mkdir()
     path = archive(folder / "hostile.tar.gz", [*hostile, (name, good)])
     before = files_below(tmp_path)
-    images = data.open_images(str(path))
+    images = real.open_images(str(path))
     assert len(images) == 4                     # two of a real member each; links hold nothing
     assert files_below(tmp_path) == before
     # The archive for Python holds pickles under nearly the same names.
@@ -199,7 +199,7 @@ def test_a_folder_and_a_zip_hold_the_same_images_and_classes_in_the_order_of_nam
     shuffled = [[n, c] for n, c in zip(NAMES, classes)][::-1] + [["gone.png", 99]]
     files = FILES | {"dataset.json": labels_json(shuffled), "README.txt": b"no image"}
     for path in both(tmp_path, "set", files):
-        images = data.open_images(str(path))
+        images = real.open_images(str(path))
         assert len(images) == 5 and images.shape == (3, 6, 4) and images.label_dim == 8
         pixels, labels = images.take(range(5))
         assert np.array_equal(pixels.permute(0, 2, 3, 1).numpy(), RGB)
@@ -210,7 +210,7 @@ def test_a_folder_and_a_zip_hold_the_same_images_and_classes_in_the_order_of_nam
 def test_images_without_classes_have_label_dim_zero_and_zeros(tmp_path):
     for i, more in enumerate(({}, {"dataset.json": b'{"labels": null}'})):
         for path in both(tmp_path, f"set{i}", FILES | more):
-            images = data.open_images(str(path))
+            images = real.open_images(str(path))
             assert images.label_dim == 0 and images.take([1, 2])[1].tolist() == [0, 0]
 
 
@@ -230,7 +230,7 @@ def test_images_without_classes_have_label_dim_zero_and_zeros(tmp_path):
 def test_wrong_classes_are_refused_when_the_images_are_opened(tmp_path, labels, message):
     for path in both(tmp_path, "set", FILES | {"dataset.json": labels}):
         with pytest.raises(UserError) as caught:
-            data.open_images(str(path))
+            real.open_images(str(path))
         assert message in str(caught.value) and str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -249,7 +249,7 @@ def test_every_kind_of_png_gives_the_grey_levels_or_colours_that_it_shows(tmp_pa
                                  np.array([[[255, 0]]], np.uint8))}
     for name, (image, expected) in cases.items():
         for path in both(tmp_path, name, {"a.png": encoded(image)}):
-            pixels = data.open_images(str(path)).take([0])[0][0].numpy()
+            pixels = real.open_images(str(path)).take([0])[0][0].numpy()
             assert pixels.dtype == np.uint8 and np.array_equal(pixels, expected), name
 
 
@@ -287,8 +287,8 @@ def test_a_zip_is_opened_once_and_each_image_is_read_once_in_a_pass(tmp_path, mo
             read.append(name)
             return super().read(name)
 
-    monkeypatch.setattr(data.zipfile, "ZipFile", Counted)
-    images = data.open_images(str(path))
+    monkeypatch.setattr(real.zipfile, "ZipFile", Counted)
+    images = real.open_images(str(path))
     read.clear()
     for _ in images.batches(2):
         pass
@@ -305,7 +305,7 @@ def test_a_zip_with_any_damaged_byte_gives_images_that_were_stored_or_is_refused
         damaged[random_.randrange(len(whole))] ^= 1 << random_.randrange(8)
         (tmp_path / "b.zip").write_bytes(damaged)
         try:
-            images = data.open_images(str(tmp_path / "b.zip"))
+            images = real.open_images(str(tmp_path / "b.zip"))
             pixels = images.take(range(len(images)))[0]
         except UserError as error:
             assert "b.zip" in str(error)
@@ -323,7 +323,7 @@ def test_names_that_point_outside_a_zip_are_only_names(tmp_path):
     folder.mkdir(parents=True)
     path = zip_of(folder / "a.zip", outside)
     before = files_below(tmp_path)
-    assert len(data.open_images(str(path)).take([0, 1])[0]) == 2 and files_below(tmp_path) == before
+    assert len(real.open_images(str(path)).take([0, 1])[0]) == 2 and files_below(tmp_path) == before
 
 
 def png_header(width, height, content=b""):
@@ -342,21 +342,21 @@ def test_a_picture_or_a_member_that_unpacks_to_a_huge_size_is_refused(tmp_path, 
     for size, content in ((5000, lines), (12_000, b""), (100_000, b"")):
         for path in both(tmp_path, f"bomb{size}", {"a.png": png_header(size, size, content)}):
             refused(path, "cannot read a.png as an image")
-    monkeypatch.setattr(data, "LARGEST_FILE", 1 << 20)
+    monkeypatch.setattr(real, "LARGEST_FILE", 1 << 20)
     deflated = zip_of(tmp_path / "deflated.zip", {"a.png": bytes(2 << 20)}, zipfile.ZIP_DEFLATED)
     assert deflated.stat().st_size < 1 << 16
     refused(deflated, f"it would have {2 << 20} bytes")
 
 
 def test_images_must_be_what_the_network_makes(tmp_path):
-    digits = data.open_images("digits")
+    digits = real.open_images("digits")
 
     def network(shape=(1, 8, 8), label_dim=10):
         return SimpleNamespace(image_shape=shape, label_dim=label_dim)
 
-    data.check_fits(digits, network())
-    data.check_fits(digits, network(label_dim=0))               # its classes are then not used
-    unlabelled = data.open_images(str(folder_of(tmp_path / "a", FILES)))
+    real.check_fits(digits, network())
+    real.check_fits(digits, network(label_dim=0))               # its classes are then not used
+    unlabelled = real.open_images(str(folder_of(tmp_path / "a", FILES)))
     for images, one, message in [
             (digits, network((3, 8, 8)), "digits has images of shape [1, 8, 8], the teacher makes "
                                          "[3, 8, 8]"),
@@ -364,7 +364,7 @@ def test_images_must_be_what_the_network_makes(tmp_path):
                                            "to 8"),
             (unlabelled, network((3, 6, 4)), "has no classes")]:
         with pytest.raises(UserError) as caught:
-            data.check_fits(images, one)
+            real.check_fits(images, one)
         assert message in str(caught.value)
 
 
@@ -585,6 +585,6 @@ def test_no_reader_of_images_or_pairs_asks_pickle_for_anything(teacher, tmp_path
     for name in ("load", "loads", "Unpickler", "_Unpickler", "_load", "_loads"):
         monkeypatch.setattr(pickle, name, forbidden)
     for source in sources:
-        assert len(data.open_images(str(source)).take([0])[0]) == 1
+        assert len(real.open_images(str(source)).take([0])[0]) == 1
     make(teacher, tmp_path)
     make(teacher, tmp_path)

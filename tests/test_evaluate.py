@@ -12,12 +12,12 @@ import torch
 from helpers import call, save_student, small_network, torchrun
 
 import evaluate
-import evaluation_records
-import figures
-import networks
+from metrics import evaluations
+from metrics import judge
+from weights import opening
 import sample
-from data import open_images
-from digits_network import load_digits_network
+from images.real import open_images
+from metrics.digits_classifier import load_digits_network
 from models import sample_heun, sample_seeds, sample_student, to_uint8
 from presets import PMDD_SIGMAS
 
@@ -42,7 +42,7 @@ def by_hand(images, classes):
     """digits-FID and share of correct class of all images at once, by the textbook."""
     features, logits = load_digits_network()(images)
     features = features.double().numpy()
-    with np.load(networks.ASSETS / "digits-reference.npz") as file:
+    with np.load(opening.ASSETS / "digits-reference.npz") as file:
         mean, covariance = file["mu"], file["sigma"]
     own = np.cov(features, rowvar=False)
     root = scipy.linalg.sqrtm(own @ covariance).real
@@ -59,10 +59,10 @@ def test_figures_are_those_of_the_images_that_the_network_makes(student, monkeyp
     rows = [(student, partial(sample_student, sigmas=PMDD_SIGMAS[:1]), "1 step", 1),
             (student, partial(sample_student, sigmas=PMDD_SIGMAS), "3 steps", 3),
             (teacher, partial(sample_heun, steps=3), "Heun, 3 steps", 5)]
-    for entry, (network, sampler, what, evaluations) in zip(entries(), rows, strict=True):
+    for entry, (network, sampler, what, count) in zip(entries(), rows, strict=True):
         images, classes = sample_seeds(network, range(300), sampler)
         fid, share = by_hand(to_uint8(images), classes)
-        assert (entry["what"], entry["evaluations"]) == (what, evaluations)
+        assert (entry["what"], entry["evaluations"]) == (what, count)
         assert entry["figures"]["digits-FID"]["mean"] == pytest.approx(fid, rel=1e-4)
         assert entry["figures"]["right_class"]["mean"] == pytest.approx(share, abs=1 / 300)
         assert entry["figures"].keys() == {"digits-FID", "right_class"}
@@ -114,7 +114,7 @@ class SmallFeatures(torch.nn.Module):
 
 def test_colour_images_get_fid_and_inception_score_against_a_reference(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figures, "feature_network", lambda *args: SmallFeatures())
+    monkeypatch.setattr(judge, "feature_network", lambda *args: SmallFeatures())
     network = save_student(tmp_path / "student.pt", dataset="cifar10", img_channels=3)
     np.savez("reference.npz", mu=np.full(6, 100.0), sigma=np.eye(6))
     assert call(monkeypatch, evaluate, "--checkpoint", "student.pt", "--n", 100, "--steps", 1,
@@ -133,9 +133,9 @@ def test_colour_images_get_fid_and_inception_score_against_a_reference(tmp_path,
 
 
 def test_precision_and_recall_hold_no_more_features_than_their_bound(student, monkeypatch):
-    monkeypatch.setattr(figures, "MANIFOLD", 70)
+    monkeypatch.setattr(judge, "MANIFOLD", 70)
     held = []
-    monkeypatch.setattr(figures, "precision_recall",
+    monkeypatch.setattr(judge, "precision_recall",
                         lambda real, fake, k: held.append((len(real), len(fake))) or (0.5, 0.25))
     assert call(monkeypatch, evaluate, "--checkpoint", "student.pt", "--n", 200, "--steps", 1,
                 "--precision-recall") == 0
@@ -174,8 +174,8 @@ def test_a_record_names_every_file_that_the_figure_depends_on(student, monkeypat
     entry = entries()[0]
     protocol = entry["protocol"]
     assert protocol["source"] == {"file": "student.pt", "sha256": digest("student.pt")}
-    assert protocol["reference"]["sha256"] == digest(networks.ASSETS / "digits-reference.npz")
-    assert protocol["features"]["sha256"] == digest(networks.ASSETS / "digits-features.pt")
+    assert protocol["reference"]["sha256"] == digest(opening.ASSETS / "digits-reference.npz")
+    assert protocol["features"]["sha256"] == digest(opening.ASSETS / "digits-features.pt")
     assert protocol["seeds"] == ["0-99"] and protocol["labels"].startswith("balanced")
     assert "truncated" in protocol["rounding"] and protocol["precision"] == "fp32"
     assert entry["environment"]["torch"] == torch.__version__
@@ -220,7 +220,7 @@ def test_the_table_shows_the_records_and_their_protocols(tmp_path, monkeypatch, 
                  "environment": {"torch": "2.6", "device": "cpu"}}
         folder = tmp_path / "results" / str(k)
         folder.mkdir(parents=True)
-        evaluation_records.record(folder / "evaluation.json", [entry], force=False)
+        evaluations.record(folder / "evaluation.json", [entry], force=False)
     assert call(monkeypatch, evaluate, "--table", tmp_path / "results") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:4] == [

@@ -29,13 +29,14 @@ from helpers import read_pairs, save_student
 from PIL import Image
 from test_download import Server
 
-import checkpoint
-import data
+from weights import checkpoint
+from images import real
 import fid
-import image_files
-import noise_pairs
-import pretrained
-from errors import UserError
+from images import sets
+from training import noise_pairs
+from experiments import readme
+from weights import pretrained
+from base.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -341,8 +342,9 @@ def test_the_scan_of_the_sources_finds_what_it_is_for():
 
 
 def test_no_source_reads_a_pickle_or_unpacks_an_archive_but_by_the_safe_ways():
-    sources = [*ROOT.glob("*.py"), *(ROOT / "results").rglob("*.py")]
-    assert {"checkpoint.py", "pretrained.py", "data.py", "fid.py", "measure_fid_speed.py"} <= {
+    sources = [*ROOT.glob("*.py"), *(path for room in readme.ROOMS if room
+                                     for path in (ROOT / room).glob("*.py"))]
+    assert {"checkpoint.py", "pretrained.py", "real.py", "fid.py", "measure_fid_speed.py"} <= {
         path.name for path in sources}
     found = [line for path in sources
              for line in faults.violations(path.read_text(), str(path.relative_to(ROOT)))]
@@ -394,7 +396,7 @@ def hostile_tar(path, members, outside):
 
 
 def read_images(path):
-    images = data.open_images(str(path))
+    images = real.open_images(str(path))
     return images.take(range(len(images)))
 
 
@@ -406,7 +408,7 @@ READERS = {
                                              "sigma.npy": array_bytes(np.eye(3))},
                       fid.read_reference),
     "images in an npz": (hostile_zip, "a.npz", {"arr_0.npy": array_bytes(
-        np.zeros((2, 8, 8, 1), np.uint8))}, lambda path: image_files.open_npz(path).take([0, 1])),
+        np.zeros((2, 8, 8, 1), np.uint8))}, lambda path: sets.open_npz(path).take([0, 1])),
     "pairs": (hostile_zip, "pairs.npz", {f"{name}.npy": array_bytes(np.zeros((2, 1, 8, 8)))
                                          for name in ("about", "z", "y", "classes")},
               read_pairs),
@@ -508,11 +510,11 @@ def test_pairs_of_another_layout_are_read_or_refused(tmp_path):
 
 
 def test_the_embedded_digits_say_how_to_bring_them_back(tmp_path, monkeypatch):
-    for content in (b"", b"PK", data.DIGITS.read_bytes()[:-99]):
+    for content in (b"", b"PK", real.DIGITS.read_bytes()[:-99]):
         (tmp_path / "digits.npz").write_bytes(content)
-        monkeypatch.setattr(data, "DIGITS", tmp_path / "digits.npz")
+        monkeypatch.setattr(real, "DIGITS", tmp_path / "digits.npz")
         with pytest.raises(UserError, match="digits.npz is damaged .* git checkout") as caught:
-            data.open_images("digits")
+            real.open_images("digits")
         assert "\n" not in str(caught.value)
 
 

@@ -13,14 +13,14 @@ import scipy.linalg
 import torch
 import torch.distributed as dist
 
-import digits_network
+from metrics import digits_classifier
 import fid
-import inception
-from digits_network import DigitsNetwork, held_out, load_digits, load_digits_network
-from errors import RunFailed, UserError
+from metrics import inception
+from metrics.digits_classifier import DigitsNetwork, held_out, load_digits, load_digits_network
+from base.errors import RunFailed, UserError
 from fid import (FeatureStatistics, InceptionScore, frechet_distance, precision_recall,
                  read_reference, reference_statistics, write_reference)
-from inception import Inception, in_chunks, load_inception, resize_matrix
+from metrics.inception import Inception, in_chunks, load_inception, resize_matrix
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = np.load(ROOT / "tests" / "golden" / "inception.npz", allow_pickle=False)
@@ -481,7 +481,7 @@ def test_digits_network_reproduces_its_recorded_accuracy(digits):
     test = held_out(labels)
     counts = torch.bincount(labels[test], minlength=10)
     assert torch.equal(counts, torch.bincount(labels, minlength=10) // 5)
-    accuracy = digits_network.accuracy(digits, images[test], labels[test])
+    accuracy = digits_classifier.accuracy(digits, images[test], labels[test])
     assert accuracy == digits.test_accuracy >= 0.985
 
 
@@ -514,7 +514,8 @@ def test_training_gives_the_same_weights_on_every_call():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        first, second = (digits_network.train(images, labels, steps=3).state_dict() for _ in "ab")
+        first, second = (digits_classifier.train(images, labels, steps=3).state_dict()
+                         for _ in "ab")
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(first[name], second[name]) for name in first)

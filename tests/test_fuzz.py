@@ -33,20 +33,20 @@ from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import checkpoint  # noqa: E402
-import data  # noqa: E402
-import digits_network  # noqa: E402
-import errors  # noqa: E402
+from weights import checkpoint  # noqa: E402
+from images import real  # noqa: E402
+from metrics import digits_classifier  # noqa: E402
+from base import errors  # noqa: E402
 import evaluate  # noqa: E402
 import fid  # noqa: E402
-import image_files  # noqa: E402
-import options  # noqa: E402
-import pickle_reader  # noqa: E402
-import pretrained  # noqa: E402
-import readme  # noqa: E402
+from images import sets  # noqa: E402
+from training import options  # noqa: E402
+from weights import pickle_reader  # noqa: E402
+from weights import pretrained  # noqa: E402
+from experiments import readme  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from errors import RunFailed, UserError  # noqa: E402
+from base.errors import RunFailed, UserError  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden"
 NOWHERE = "http://127.0.0.1:9"                          # where no server answers
@@ -230,7 +230,7 @@ FILES = st.dictionaries(NAMES, st.one_of(st.just(png_bytes(3)), st.just(png_byte
 
 
 def all_images(path):
-    images = data.open_images(str(path))
+    images = real.open_images(str(path))
     pixels, labels = images.take(range(len(images)))
     assert len(pixels) == len(labels) == len(images) and pixels.dtype == torch.uint8
     return True
@@ -259,7 +259,7 @@ def check_reference(content):
 
 def check_images_npz(content):
     def read(path):
-        images = image_files.open_npz(path)
+        images = sets.open_npz(path)
         return images.take(range(len(images))) if len(images) else None
 
     refused_or(read, "images.npz", content)
@@ -464,8 +464,8 @@ def check_fid(argv):
 
 
 def check_without_flags(argv):
-    """data.py, digits_network.py and readme.py take none: whatever is given, they do nothing."""
-    for main in (data.main, digits_network.main, readme.main):
+    """data.py, digits_classifier.py and readme.py take none: whatever is given, they do nothing."""
+    for main in (real.main, digits_classifier.main, readme.main):
         assert run_command(main, argv, allowed=()) == 2
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import lpips
-from errors import UserError
-from lpips import LPIPS, load_lpips
+from metrics import lpips
+from base.errors import UserError
+from metrics.lpips import LPIPS, load_lpips
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lpips.npz", allow_pickle=False)
 A, B = (torch.from_numpy(GOLDEN[key]) for key in ("a", "b"))

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import options
+from training import options
 import presets
-import records
-from errors import RunFailed, UserError, run
+from training import run_folder
+from base.errors import RunFailed, UserError, run
 from presets import PRESETS, Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -420,7 +420,7 @@ def test_of_several_processes_each_says_which_it_is(capsys, monkeypatch):
 
 def test_a_reader_that_leaves_early_is_no_traceback():
     command = f"{sys.executable} train.py --dry-run | head -1"
-    done = subprocess.run(["bash", "-c", command], cwd=Path(options.__file__).parent, text=True,
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, text=True,
                           capture_output=True)
     assert done.stdout.startswith("digits, pmdd, stage 1") and done.stderr == ""
 
@@ -429,8 +429,8 @@ def test_a_reader_that_leaves_early_is_no_traceback():
 
 def opened(folder, *argv):
     (_, config, how), = parse("--stage", 1, "--folder", folder, *argv)
-    lock, _ = records.open_run(how.folder, config, how)
-    records.write_config(how.folder, config, how)               # as a run does when it begins
+    lock, _ = run_folder.open_run(how.folder, config, how)
+    run_folder.write_config(how.folder, config, how)               # as a run does when it begins
     return lock
 
 
@@ -510,7 +510,7 @@ HOLDER = """
 import sys, time
 import options, records
 (_, config, how), = options.parse(["--stage", "1", "--folder", sys.argv[1]])
-lock, _ = records.open_run(how.folder, config, how)
+lock, _ = run_folder.open_run(how.folder, config, how)
 print("open", flush=True)
 time.sleep(60)
 """
@@ -541,49 +541,49 @@ def test_a_folder_in_use_is_refused_until_its_process_is_dead(tmp_path):
 # ---- metrics.jsonl ----
 
 def test_a_resumed_run_drops_half_a_line_and_the_lines_after_its_checkpoint(tmp_path):
-    metrics = records.Metrics(tmp_path, 0)
+    metrics = run_folder.Metrics(tmp_path, 0)
     for k in range(6):
         metrics.write(iteration=k, denoising=k / 2, tiny=1e-30)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_text()
     with open(path, "a") as file:
         file.write('{"iteration": 6, "denoi')                   # a full disk, or a kill
-    assert [line["iteration"] for line in records.read_metrics(path)] == [*range(6)]
-    resumed = records.Metrics(tmp_path, 4)
+    assert [line["iteration"] for line in run_folder.read_metrics(path)] == [*range(6)]
+    resumed = run_folder.Metrics(tmp_path, 4)
     assert path.read_text() == "".join(whole.splitlines(True)[:4])
     resumed.write(iteration=4, denoising=9.0)
-    assert records.read_metrics(path) == [
+    assert run_folder.read_metrics(path) == [
         {"iteration": k, "denoising": k / 2, "tiny": 1e-30} for k in range(4)] + [
         {"iteration": 4, "denoising": 9.0}]
-    records.Metrics(tmp_path, 0)                                # started afresh
+    run_folder.Metrics(tmp_path, 0)                                # started afresh
     assert path.read_text() == ""
 
 
 def test_every_cut_of_the_file_leaves_its_whole_lines(tmp_path):
-    metrics, path = records.Metrics(tmp_path, 0), tmp_path / "metrics.jsonl"
+    metrics, path = run_folder.Metrics(tmp_path, 0), tmp_path / "metrics.jsonl"
     for k in range(3):
         metrics.write(iteration=k, loss=1.5)
     content = path.read_bytes()
     for length in range(len(content) + 1):
         path.write_bytes(content[:length])
-        lines = records.read_metrics(path)
+        lines = run_folder.read_metrics(path)
         ended = content[:length].count(b"}")
         assert lines == [{"iteration": k, "loss": 1.5} for k in range(ended)]
 
 
 def test_garbage_in_the_metrics_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert records.read_metrics(path) == []
+    assert run_folder.read_metrics(path) == []
     good = b'{"iteration": 1, "loss": 2.0}'
     garbage = [b"", b"\xff\xfe\x00", b"null", b"3", b"[1]", b'"iteration"', b"{}", b"{" * 50,
                b'{"iteration": "1"}', b'{"iteration": null}', b'{"iteration": 1.5}', b"[" * 100_000,
                b'{"iteration": ' + b"9" * 5000 + b"}", random.Random(0).randbytes(300)]
     path.write_bytes(b"\n".join([good, *garbage, good]) + b"\n")
-    assert records.read_metrics(path) == [{"iteration": 1, "loss": 2.0}] * 2
+    assert run_folder.read_metrics(path) == [{"iteration": 1, "loss": 2.0}] * 2
 
 
 def test_a_metrics_line_that_cannot_be_written_ends_the_run_in_one_line(tmp_path):
-    metrics = records.Metrics(tmp_path, 0)
+    metrics = run_folder.Metrics(tmp_path, 0)
     metrics.path = Path("/dev/full")                            # a disk without room
     with pytest.raises(RunFailed, match="cannot write /dev/full: No space left on device"):
         metrics.write(iteration=1)
@@ -591,8 +591,8 @@ def test_a_metrics_line_that_cannot_be_written_ends_the_run_in_one_line(tmp_path
 
 def test_the_seconds_left_follow_from_the_pace_and_leave_out_the_pauses(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(records, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    clock = records.Clock(batch=8)
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = run_folder.Clock(batch=8)
     now[0] += 10
     clock.pause()
     now[0] += 1000                                              # an evaluation

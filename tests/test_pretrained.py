@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-import pretrained
+from weights import pretrained
 from edm_networks import EDMPrecond
-from errors import UserError
+from base.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 PICKLES = sorted(path.stem for path in GOLDEN.glob("*.pkl"))
@@ -151,7 +151,7 @@ def test_hostile_pickles_run_nothing_and_end_in_one_clear_error_within_limits(tm
         names.append(name)
     assert len(names) == len(set(names)) > 100
     (tmp_path / "good.pkl").write_bytes(good)
-    root = str(Path(pretrained.__file__).parent)
+    root = str(Path(pretrained.__file__).parents[1])
     answer = subprocess.run(
         [sys.executable, hostile_pickles.__file__, tmp_path], capture_output=True, text=True,
         timeout=300, check=True, env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"})

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-import readme
-from errors import UserError
-from evaluation_records import records_under
+from experiments import readme
+from base.errors import UserError
+from metrics.evaluations import records_under
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
 def test_every_generated_part_agrees_with_the_records_and_files():
-    assert readme.filled(TEXT) == TEXT, "run: python readme.py"
+    assert readme.filled(TEXT) == TEXT, "run: python -m experiments.readme"
 
 
 def test_an_unknown_table_is_refused():
@@ -40,7 +40,7 @@ def test_every_script_and_picture_that_the_readme_names_is_there():
 
 
 def test_every_train_flag_in_the_readme_exists():
-    from options import parser
+    from training.options import parser
     known = {flag for action in parser()._actions for flag in action.option_strings}
     for line in re.findall(r"train\.py ([^\n`]+)", TEXT):
         for flag in re.findall(r"--[a-z-]+", line.split("#")[0]):

@@ -15,14 +15,14 @@ from faults import until
 from helpers import GOLDEN, ROOT, call, save_student, small_network, torchrun
 from PIL import Image
 
-import distributed
-import image_files
-import networks
+from base import distributed
+from images import sets
+from weights import opening
 import sample
-from data import open_images
+from images.real import open_images
 from models import sample_heun, sample_seeds, sample_student, to_uint8
 from presets import PMDD_SIGMAS
-from pretrained import load_network
+from weights.pretrained import load_network
 
 CPU = torch.device("cpu")
 
@@ -38,13 +38,13 @@ def student(tmp_path, monkeypatch):
 @pytest.fixture
 def assets(tmp_path_factory, monkeypatch):
     """The embedded student and teacher; stand-ins where they have not been trained yet."""
-    embedded = [networks.ASSETS / f"digits-{role}.pt" for role in ("student", "teacher")]
+    embedded = [opening.ASSETS / f"digits-{role}.pt" for role in ("student", "teacher")]
     if not all(path.is_file() for path in embedded):
         folder = tmp_path_factory.mktemp("assets")
         save_student(folder / "digits-student.pt")
         save_student(folder / "digits-teacher.pt", steps=0)
-        monkeypatch.setattr(networks, "ASSETS", folder)
-    return networks.ASSETS
+        monkeypatch.setattr(opening, "ASSETS", folder)
+    return opening.ASSETS
 
 
 def direct(network, seeds, sigmas=PMDD_SIGMAS, classes=None):
@@ -78,7 +78,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bits_of_an_image_do_not_depend_on_its_company_or_on_threads(family, monkeypatch):
-    monkeypatch.setattr(networks, "to_uint8", lambda x0: x0)    # rounding would hide small changes
+    monkeypatch.setattr(opening, "to_uint8", lambda x0: x0)    # rounding would hide small changes
     network = small_network(**FAMILIES[family])
     sampler = partial(sample.last_only, sigmas=PMDD_SIGMAS[:2])
     seeds = list(range(70 if network.image_shape[1] == 8 else 6))
@@ -87,7 +87,7 @@ def test_bits_of_an_image_do_not_depend_on_its_company_or_on_threads(family, mon
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            task = partial(networks.sample_block, network, sampler=sampler, labels="random",
+            task = partial(opening.sample_block, network, sampler=sampler, labels="random",
                            device=CPU)
             blocks = distributed.in_parallel(task, groups, CPU)
             return torch.cat([images for (images,), _ in blocks])
@@ -201,7 +201,7 @@ def test_the_newest_run_with_enough_steps_and_the_right_data_is_taken(tmp_path, 
     (Path("runs") / "broken" / "stage1" / "config.json").write_text("[")
 
     def chosen(steps, dataset):
-        return networks.default_student(steps, dataset, "runs")[0]
+        return opening.default_student(steps, dataset, "runs")[0]
 
     assert chosen(None, None) == chosen(1, "digits") == new
     assert chosen(2, None) == chosen(2, "cifar10") == other
@@ -303,7 +303,7 @@ def test_a_failure_half_way_leaves_what_was_there_before(student, monkeypatch, o
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_files, "png", full)
+    monkeypatch.setattr(sets, "png", full)
     monkeypatch.setattr(np.lib.format, "write_array", full)
     monkeypatch.setattr(Image.Image, "save", full)
     assert call(monkeypatch, sample, *flags, "--force") == 1

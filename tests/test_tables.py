@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import options
-import tables
+from training import options
+from experiments import tables
 from helpers import call
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,15 +17,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
-import distributed
+from weights import checkpoint
+from base import distributed
 import losses
 import models
 import presets
-import records
+from training import run_folder
 import train
 from edm_networks import EDMPrecond
-from errors import RunFailed, UserError
+from base.errors import RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
@@ -145,7 +145,7 @@ def test_a_run_killed_at_any_iteration_ends_bit_for_bit_like_one_never_killed(
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
     lines = [[{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")}
-              for line in records.read_metrics(tmp_path / f / f"stage{stage}" / "metrics.jsonl")]
+              for line in run_folder.read_metrics(tmp_path / f / f"stage{stage}" / "metrics.jsonl")]
              for f in ("whole", "killed")]
     assert lines[0] == lines[1]
 
@@ -178,7 +178,7 @@ def test_a_terminated_run_saves_says_so_and_goes_on(teacher, tmp_path):
     stopped, whole = state(tmp_path / "stopped"), state(tmp_path / "whole")
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     figures = [{(line["iteration"], line.get("digits-FID@1"))
-                for line in records.read_metrics(tmp_path / name / "stage1" / "metrics.jsonl")}
+                for line in run_folder.read_metrics(tmp_path / name / "stage1" / "metrics.jsonl")}
                for name in ("stopped", "whole")]
     assert figures[0] == figures[1]                     # evaluated when the run went on
     assert (checkpoint.load(tmp_path / "stopped" / "stage1" / "best.pt")["iteration"]
@@ -207,10 +207,10 @@ def test_a_closed_terminal_stops_a_run_unless_nohup_has_it_ignored():
     before = [signal.getsignal(number) for number in numbers]
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        records.StopSignal()
+        run_folder.StopSignal()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        stop = records.StopSignal()
+        stop = run_folder.StopSignal()
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.received == "SIGHUP"
     finally:
@@ -280,7 +280,7 @@ def test_stages_continue_from_the_best_student_and_start_with_nothing_to_unforge
     train.main(flags(teacher, tmp_path))                                     # stages 1, 2, 3
     for stage in (2, 3):
         best = checkpoint.load(tmp_path / f"stage{stage - 1}" / "best.pt")
-        lines = records.read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
+        lines = run_folder.read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
         assert lines[0]["unforget"] == pytest.approx(0, abs=1e-12)
         assert max(line.get("unforget", 0) for line in lines) > 1e-12       # later there is
         roles = train.load_roles(*first_row(flags(teacher, tmp_path, "--stage", str(stage))), "cpu")
@@ -301,7 +301,7 @@ def first_row(argv):
 
 def test_best_holds_the_lowest_fid_of_the_stages_own_step_count(teacher, tmp_path):
     train.main(flags(teacher, tmp_path, "--stage", "1", "--evaluate-every", "1", iterations=5))
-    lines = records.read_metrics(tmp_path / "stage1" / "metrics.jsonl")
+    lines = run_folder.read_metrics(tmp_path / "stage1" / "metrics.jsonl")
     fids = {line["iteration"] + 1: line["digits-FID@1"] for line in lines if "digits-FID@1" in line}
     best = checkpoint.load(tmp_path / "stage1" / "best.pt")
     assert best["best_fid"] == min(fids.values()) == fids[best["iteration"]]
@@ -484,7 +484,7 @@ def test_once_a_figure_is_not_finite_no_later_update_moves_a_weight(loss, gradie
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     config = dataclasses.replace(presets.find("digits", "pmdd", 1).config, iterations=20)
-    log = records.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
+    log = run_folder.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
     images = torch.zeros(2, 1, 8, 8)
     log.take(1, {"gradient": torch.tensor(1.0)}, images)
     log.take(2, {"gradient": torch.tensor(float("inf"))}, images)
@@ -496,15 +496,15 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
 
 def test_the_pace_of_a_run_leaves_its_evaluations_out(tmp_path, monkeypatch):
     config = dataclasses.replace(presets.find("digits", "pmdd", 1).config, iterations=100)
-    log = records.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
+    log = run_folder.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
     for name in ("payload", "save", "save_latest", "save_samples"):
-        monkeypatch.setattr(records, name, lambda *args: None)
+        monkeypatch.setattr(run_folder, name, lambda *args: None)
     slow = SimpleNamespace(score=lambda *args: time.sleep(0.5) or {"1": {"digits-FID": 2.0}})
     figures, images = {"denoising": torch.tensor(1.0)}, torch.zeros(2, 1, 8, 8)
     log.take(0, figures, images)
     log.save(SimpleNamespace(ema=None), [], 1, slow)
     log.take(10, figures, images)
-    pace = records.read_metrics(tmp_path / "metrics.jsonl")[-1]["images_per_second"]
+    pace = run_folder.read_metrics(tmp_path / "metrics.jsonl")[-1]["images_per_second"]
     assert pace > 10 * config.batch / 0.4
 
 
@@ -603,7 +603,7 @@ def test_a_teacher_trains_and_resumes_to_the_bit_and_can_be_distilled(tmp_path, 
 
 def test_metrics_hold_the_figures_that_a_person_watches(teacher, tmp_path):
     train.main(flags(teacher, tmp_path, "--method", "dmd2", "--regression-weight", "0.25"))
-    lines = records.read_metrics(tmp_path / "stage1" / "metrics.jsonl")
+    lines = run_folder.read_metrics(tmp_path / "stage1" / "metrics.jsonl")
     assert {"distill", "gan", "regression", "student_gradient", "denoising", "discriminator",
             "adapted_gradient", "image_mean", "image_spread", "images_per_second",
             "seconds_left"} <= set(lines[0])
@@ -621,7 +621,7 @@ def test_bf16_trains_with_weights_and_losses_in_fp32(teacher, tmp_path, more):
     train.main(flags(teacher, tmp_path, *more, "--precision", "bf16", iterations=4))
     stage = 2 if "2" in more else 1
     assert {v.dtype for k, v in state(tmp_path, stage).items()} == {torch.float32}
-    lines = records.read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
+    lines = run_folder.read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
     assert all(value == value for line in lines for value in line.values())
 
 

@@ -1,0 +1,1 @@
+"""What every script needs and knows no diffusion: errors, processes, downloads, files."""

@@ -1,0 +1,148 @@
+"""What processes and threads do together; with one process every function on ranks is a no-op."""
+
+import contextlib
+import ctypes
+import datetime
+import inspect
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from base.errors import UserError
+
+
+def start(device=None):
+    """The device of this process; joins the group when torchrun started us."""
+    local_rank, here = (int(os.environ.get(f"LOCAL_{name}", default))
+                        for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device is {kind!r}; allowed: cpu, cuda")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
+        if here > torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node={here} is above the {torch.cuda.device_count()} "
+                            "GPUs here")
+        torch.cuda.set_device(local_rank)
+    mine = torch.device("cuda", local_rank) if kind == "cuda" else None
+    if launched() and not dist.is_initialized():
+        dist.init_process_group("nccl" if mine else "gloo", **meeting_place(), device_id=mine,
+                                timeout=datetime.timedelta(minutes=30))
+    if kind == "cpu":
+        keep_freed_memory()
+    return mine or torch.device("cpu")
+
+
+def launched():
+    """Whether torchrun started us."""
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def processes():
+    """How many there will be, before they have met."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def keep_freed_memory():
+    """glibc gives freed memory back to the system, and each iteration takes it anew, page by page.
+
+    Its two limits are set as high as it lets them; other C libraries have no such call.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
+        mallopt(mmap_threshold, 32 * 2 ** 20)
+        mallopt(trim_threshold, 2 ** 31 - 1)
+
+
+def meeting_place():
+    """Where the processes find each other, if it has to be said.
+
+    After --max-restarts torchrun's store still holds the addresses of the dead:
+    each attempt gets names of its own. The attempts of several nodes are counted apart: not there.
+    """
+    env = os.environ
+    if (env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or "TORCHELASTIC_RESTART_COUNT" not in env
+            or env.get("LOCAL_WORLD_SIZE") != env["WORLD_SIZE"]):
+        return {}
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
+
+
+def finish():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def parallel(module):
+    """DistributedDataParallel without a second copy of the gradients; alone, the module itself."""
+    if not dist.is_initialized():
+        return module
+    known = inspect.signature(DistributedDataParallel).parameters       # renamed in torch 2.13
+    no_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{no_buffers: False})
+
+
+def sync_gradients(module, last):
+    """Forward and backward under this: gradients are summed over ranks at the last part only."""
+    if last or not isinstance(module, DistributedDataParallel):
+        return contextlib.nullcontext()
+    return module.no_sync()
+
+
+def any_rank(flag, device):
+    """True on every rank if it is True on one."""
+    if world_size() == 1:
+        return flag                                     # without waiting for the device
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def mean_over_ranks(values):
+    """The mean of a tensor over the ranks, as a list of floats."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values.tolist()
+
+
+def in_parallel(task, blocks, device):
+    """task(block) for each block, in order.
+
+    On CPU each block has one thread and several run at once: faster than dividing every operation
+    between threads, and the number of cores cannot change the order of a sum.
+    """
+    workers, pending = torch.get_num_threads(), deque()
+    if device.type != "cpu" or workers == 1:
+        yield from map(task, blocks)
+        return
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for block in blocks:
+            pending.append(pool.submit(task, block))
+            if len(pending) > 2 * workers:                  # memory does not grow with the work
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(workers)      # the workers' 1 has become the default of new threads

@@ -1,0 +1,1 @@
+"""What makes every number and picture: run as `python -m experiments.tables`."""

@@ -1,0 +1,85 @@
+"""Pictures of recorded runs for the README; the curves need matplotlib."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from experiments import tables
+from base.errors import UserError
+from metrics.evaluations import records_under
+from images.pictures import add_row_labels, draw_curves, save_png
+from training.run_folder import read_metrics
+
+HERE = Path(__file__).resolve().parents[1]
+RESULTS = HERE / "results"
+
+
+def draw_all():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--pictures needs matplotlib (pip install matplotlib)") from None
+    matplotlib.use("Agg")
+    if (RESULTS / "tables" / "dm-ttur-10" / "seed0" / "metrics.jsonl").exists():
+        brightness()
+    fid_by_evaluations()
+    for stage in ("stage1", "stage2", "stage3"):        # of the embedded student
+        folder = RESULTS / "embedded" / stage
+        draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
+    runs = HERE / "runs" / "embedded"                   # of `make assets`
+    if any(runs.glob("stage[1-9]/samples/*.png")):
+        progress(runs, RESULTS / "progress.png")
+    else:
+        print(f"no new progress.png: {runs} has no samples; make assets makes them")
+
+
+def brightness():
+    """DMD2 Figure 8: brightness of the student's images over training, by TTUR."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    for ttur, name in ((1, "dmd-no-regression"), (5, "dmd2-no-gan"), (10, "dm-ttur-10")):
+        axes[0].plot(*tables.brightness(name, 0), label=f"TTUR {ttur}", linewidth=1)
+        axes[1].plot(*tables.fid_over_training(name, 0), label=f"TTUR {ttur}", marker=".")
+    axes[0].set(xlabel="iterations", ylabel="brightness of a batch")
+    axes[1].set(xlabel="iterations", ylabel="digits-FID, 2,000 images", yscale="log")
+    save(figure, axes, "brightness.png")
+
+
+def fid_by_evaluations():
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+    entries = records_under([RESULTS / "embedded"])
+    for text, mine in (("teacher, Heun", lambda e: "Heun" in e["what"]),
+                       ("student, 1, 2, 3 steps", lambda e: "Heun" not in e["what"])):
+        points = sorted((e["evaluations"], e["figures"]["digits-FID"]["mean"])
+                        for e in entries if mine(e))
+        axis.plot(*zip(*points), label=text, marker="o")
+    axis.set(xlabel="network evaluations of an image", ylabel="digits-FID, 50,000 images",
+             xscale="log", yscale="log")
+    save(figure, [axis], "digits-fid.png")
+
+
+def save(figure, axes, name):
+    import matplotlib.pyplot as plt
+    for axis in axes:
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(RESULTS / name, dpi=100)
+    plt.close(figure)
+
+
+def progress(run, out, columns=2):
+    """The first columns of each sample grid of a run, top to bottom as it trained."""
+    strips, labels = [], []
+    for stage in sorted(run.glob("stage[1-9]")):
+        files = sorted((stage / "samples").glob("*.png"))
+        for file in (files[0], files[len(files) // 2], files[-1]):
+            picture = np.asarray(Image.open(file))
+            cells = np.split(picture[1:], 10)           # a row of the grid for each class
+            width = (picture.shape[1] - 1) // 8 * columns
+            strip = np.concatenate([cell[:, :width] for cell in cells], axis=1)
+            strips.append(np.pad(strip, ((0, 5), (0, 0)), constant_values=255))
+            labels.append(f"stage {stage.name[-1]}, iteration {int(file.stem):,}")
+    picture = Image.fromarray(np.concatenate(strips))
+    save_png(add_row_labels(picture, labels, len(strips), strips[0].shape[0], 0, 255), out)

@@ -1,0 +1,73 @@
+"""Pictures: grids of images, enlarged by whole pixels, and the curves of a run."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from weights.checkpoint import write_atomically
+
+
+def grid(images, columns, scale=None, gap=1, row_labels=(), background=255):
+    """uint8 [N,C,H,W] -> PIL image, row by row; enlarged by whole pixels, never blurred."""
+    images = np.asarray(images)
+    N, C, H, W = images.shape
+    scale = scale or max(1, 48 // H)
+    rows = -(-N // columns)
+    cell_h, cell_w = H * scale + gap, W * scale + gap
+    canvas = np.full((rows * cell_h + gap, columns * cell_w + gap, C), background, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * cell_h, gap + i % columns * cell_w
+        big = image.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
+        canvas[top:top + H * scale, left:left + W * scale] = big
+    picture = Image.fromarray(canvas[..., 0] if C == 1 else canvas)
+    if not row_labels:
+        return picture
+    return add_row_labels(picture, row_labels, rows, cell_h, gap, background)
+
+
+def add_row_labels(picture, labels, rows, cell_h, gap, background):
+    """A column of text at the left, one label for each row or for each block of rows."""
+    font = ImageFont.load_default(size=13)
+    width = max(int(font.getlength(label)) for label in labels) + 12
+    wide = Image.new(picture.mode, (picture.width + width, picture.height), background)
+    wide.paste(picture, (width, 0))
+    draw, block = ImageDraw.Draw(wide), rows / len(labels) * cell_h
+    for i, label in enumerate(labels):
+        draw.text((6, gap + i * block + block / 2), label, fill=0, font=font, anchor="lm")
+    return wide
+
+
+def save_png(picture, path):
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def draw_curves(lines, path):
+    """The lines of metrics.jsonl as a picture, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no curves.png: it needs matplotlib (pip install matplotlib)")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [n for n in ("distill", "unforget", "gan", "regression", "denoising",
+                         "student_gradient", "adapted_gradient", "image_mean", "image_spread")
+             if any(n in line for line in lines)]
+    fids = sorted({n for line in lines for n in line if "FID" in n})
+    groups = [[n] for n in names] + [fids] * bool(fids)
+    rows = -(-len(groups) // 4)
+    figure, axes = plt.subplots(rows, 4, squeeze=False, figsize=(12, 2.3 * rows),
+                                layout="constrained")
+    for axis in axes.flat[len(groups):]:
+        axis.axis("off")
+    for axis, group in zip(axes.flat, groups):
+        for name in group:
+            points = [(line["iteration"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points), label=name, marker="." if "FID" in name else None, linewidth=1)
+        axis.set_title(group[0] if group != fids else f"{fids[0].split('@')[0]} by steps",
+                       fontsize=9)
+        axis.tick_params(labelsize=7)
+        if len(group) > 1:
+            axis.legend(fontsize=7)
+    write_atomically(path, lambda t: figure.savefig(t, format="png", dpi=100))
+    plt.close(figure)

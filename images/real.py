@@ -1,0 +1,215 @@
+"""Real images.
+
+Only DMD2's GAN, stage 0 and references need this file: distillation without a GAN never imports it.
+"""
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from weights.checkpoint import write_arrays
+from metrics.digits_classifier import load_digits
+from base.errors import Parser, UserError, run
+from base.download import fetch
+
+DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+CIFAR10_SHAPE, CIFAR10_RECORD = (3, 32, 32), 1 + 3 * 32 * 32
+LARGEST_FILE, LARGEST_IMAGE = 1 << 28, 1 << 24      # bytes, pixels: what is above is a bomb
+
+
+class Images:
+    """uint8 images [C,H,W] with classes; `read(index)` gives one image of a folder or zip."""
+
+    def __init__(self, name, shape, labels, read, label_dim):
+        self.name, self.shape, self.labels, self.read = name, shape, labels, read
+        self.label_dim = label_dim
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, indices):
+        """uint8 [B,C,H,W] and classes int64 [B] (zeros where there are none)."""
+        pixels = np.stack([self.read(int(i)) for i in indices])
+        return torch.from_numpy(pixels), torch.from_numpy(self.labels[np.asarray(indices)])
+
+    def batches(self, size):
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
+
+def open_images(source, cache=None):
+    """ "digits", "cifar10" (the published archive), or a path: archive, folder or zip."""
+    if source == "digits":
+        return digits()
+    path = fetch("cifar10", cache) if source == "cifar10" else Path(source)
+    if not path.exists():
+        raise UserError(f"no images at {path}: give digits, cifar10, a folder, a zip, or "
+                        "CIFAR-10's binary archive")
+    if path.is_dir():
+        return folder_or_zip(path)
+    return folder_or_zip(path) if zipfile.is_zipfile(path) else cifar10(path)
+
+
+def digits():
+    """1,797 handwritten digits, 8x8, 0..16 as published, here 0..255."""
+    try:
+        pixels, labels = load_digits(DIGITS)
+    except Exception as error:              # numpy, zipfile and zlib raise many types
+        raise UserError(f"{DIGITS} is damaged ({error}); it is part of the repository: git "
+                        "checkout brings it back") from error
+    return Images("digits", (1, 8, 8), labels.numpy(), pixels.numpy().__getitem__, 10)
+
+
+def cifar10(path):
+    """The training set in the published binary archive: records of one label and 3072 pixels."""
+    parts = []
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:                      # one pass; nothing is written to disk
+                name = Path(member.name).name
+                if member.isfile() and name.startswith("data_batch") and name.endswith(".bin"):
+                    if member.size > LARGEST_FILE:
+                        raise ValueError(f"{name} would have {member.size} bytes")
+                    parts.append((member.name, archive.extractfile(member).read()))
+    except Exception as error:              # tarfile, gzip and zlib raise many types
+        reason = "" if isinstance(error, tarfile.ReadError) else f": {' '.join(str(error).split())}"
+        raise UserError(f"{path} is neither a whole zip nor CIFAR-10's binary archive"
+                        + reason) from error
+    if not parts:
+        raise UserError(f"{path} holds no data_batch_*.bin; wanted: cifar-10-binary.tar.gz")
+    for name, part in parts:
+        if not part or len(part) % CIFAR10_RECORD:
+            raise UserError(f"{path}: {name} has {len(part)} bytes, not a multiple of "
+                            f"{CIFAR10_RECORD}")
+    records = np.frombuffer(b"".join(part for _, part in sorted(parts)), np.uint8)
+    records = records.reshape(-1, CIFAR10_RECORD)
+    if records[:, 0].max() > 9:
+        raise UserError(f"{path}: class {records[:, 0].max()} is out of range; allowed: 0 to 9")
+    pixels = records[:, 1:].reshape(-1, *CIFAR10_SHAPE)
+    return Images("cifar10", CIFAR10_SHAPE, records[:, 0].astype(np.int64), pixels.__getitem__, 10)
+
+
+def folder_or_zip(path):
+    """Images in EDM's layout: any folders, and dataset.json {"labels": [[name, class], ...]}."""
+    if path.is_dir():
+        found = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
+
+        def read_bytes(name):
+            return (path / name).read_bytes()
+    else:
+        found, read_bytes = open_zip(path)
+    names, has_labels = sorted(filter(is_image, found)), "dataset.json" in found
+    if not names:
+        raise UserError(f"no images in {path}; wanted: {', '.join(IMAGE_FILES)}")
+    labels = read_labels(path, names, read_bytes) if has_labels else None
+    label_dim = 0 if labels is None else int(labels.max()) + 1
+    first = decode(path, names[0], read_bytes)
+
+    def read(index):
+        image = decode(path, names[index], read_bytes)
+        if image.shape != first.shape:
+            raise UserError(f"{path}: {names[index]} is {shape_text(image)}, but {names[0]} is "
+                            f"{shape_text(first)}; all images must have one size")
+        return image
+
+    labels = np.zeros(len(names), np.int64) if labels is None else labels
+    return Images(str(path), first.shape, labels, read, label_dim)
+
+
+def is_image(name):
+    return Path(name).suffix.lower() in IMAGE_FILES
+
+
+def open_zip(path):
+    """Names of the members, and a reader; opened once, kept open."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:              # beyond BadZipFile: struct's, unsupported versions
+        raise UserError(f"{path} is a damaged zip: {error}") from error
+
+    def read_bytes(name):
+        size = archive.getinfo(name).file_size          # zipfile reads no more than it states
+        if size > LARGEST_FILE:
+            raise ValueError(f"it would have {size} bytes")
+        return archive.read(name)
+
+    return [name for name in archive.namelist() if not name.endswith("/")], read_bytes
+
+
+def shape_text(image):
+    return f"{image.shape[2]}x{image.shape[1]} with {image.shape[0]} channel(s)"
+
+
+def decode(path, name, read_bytes):
+    """One image file as uint8 [C,H,W], grey or RGB."""
+    try:
+        with Image.open(io.BytesIO(read_bytes(name))) as image:
+            if image.width * image.height > LARGEST_IMAGE:
+                raise ValueError(f"{image.width}x{image.height} is above {LARGEST_IMAGE} pixels")
+            if image.mode.startswith("I"):              # 16-bit grey, which Pillow would clip
+                pixels = np.round(np.array(image) / 257).clip(0, 255).astype(np.uint8)
+            else:
+                grey = image.mode in ("1", "L", "LA")
+                pixels = np.array(image.convert("L" if grey else "RGB"))
+    except Exception as error:              # Pillow, zipfile and zlib raise many types
+        reason = str(error).partition(" <_io.BytesIO")[0]           # no addresses of ours
+        raise UserError(f"{path}: cannot read {name} as an image: {reason}") from error
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def read_labels(path, names, read_bytes):
+    """Classes [N] from dataset.json, in the order of names; None where it says null."""
+    try:
+        pairs = json.loads(read_bytes("dataset.json"))["labels"]
+        if pairs is None:
+            return None
+        classes = {str(name).replace("\\", "/"): label for name, label in pairs}
+    except Exception as error:              # the file's, and whatever JSON may hold
+        raise UserError(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}}: "
+                        f"{error}") from error
+    for name in names:
+        label = classes.get(name.replace("\\", "/"))
+        if type(label) is not int or not 0 <= label < 1 << 31:
+            raise UserError(f"{path}: dataset.json gives {name} the class {label!r}; allowed: "
+                            "whole numbers from 0")
+    return np.array([classes[name.replace("\\", "/")] for name in names], np.int64)
+
+
+def check_fits(images, network):
+    """The images must be what the network makes."""
+    if images.shape != network.image_shape:
+        raise UserError(f"{images.name} has images of shape {list(images.shape)}, the teacher "
+                        f"makes {list(network.image_shape)}")
+    if network.label_dim and images.label_dim > network.label_dim:
+        raise UserError(f"{images.name} has class {images.label_dim - 1}, out of range: the "
+                        f"teacher knows 0 to {network.label_dim - 1}")
+    if network.label_dim and not images.label_dim:
+        raise UserError(f"{images.name} has no classes (dataset.json), the teacher needs them")
+
+
+def make_digits(path=DIGITS):
+    """The embedded digits from scikit-learn's copy of the published file (an extra, only here)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("making assets/digits.npz needs scikit-learn: "
+                        "pip install scikit-learn") from None
+    published = load_digits()
+    write_arrays(path, images=published.images.astype(np.uint8),
+              labels=published.target.astype(np.uint8))
+
+
+def main():
+    Parser(prog="data.py", description="Make assets/digits.npz anew.").parse_args()
+    make_digits()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,110 @@
+"""Sets of images as files that other programs read; each appears whole or not at all.
+
+`blocks` yields (seeds, [uint8 images [B,C,H,W]], classes [B] or None); it is never held as a whole.
+"""
+
+import io
+import json
+import os
+import shutil
+import zipfile
+
+import numpy as np
+from PIL import Image
+
+from weights.checkpoint import sync_folder, write_atomically
+from images.real import Images
+from base.errors import RunFailed, UserError
+
+
+def png(image):
+    """The bytes of a PNG of uint8 [C,H,W]."""
+    content = io.BytesIO()
+    pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(pixels)).save(content, format="PNG")
+    return content.getvalue()
+
+
+def dataset_json(names, classes):
+    """EDM's: the class of each file, null where there are none."""
+    labels = [[name, int(label)] for name, label in zip(names, classes)]
+    return json.dumps({"labels": labels or None})
+
+
+def write_zip(path, blocks):
+    """EDM's layout: 00000/img00000000.png numbered in seed order, and dataset.json."""
+    def write(temporary):
+        names, labels = [], []
+        with zipfile.ZipFile(temporary, "w") as archive:
+            for _, (images,), classes in blocks:
+                for image in images:
+                    number = f"{len(names):08d}"
+                    names.append(f"{number[:5]}/img{number}.png")
+                    archive.writestr(zipfile.ZipInfo(names[-1]), png(image))
+                labels.extend([] if classes is None else classes)
+            archive.writestr(zipfile.ZipInfo("dataset.json"), dataset_json(names, labels))
+
+    write_atomically(path, write)
+
+
+def write_npz(path, blocks, count, shape):
+    """The ADM evaluator's: arr_0 uint8 [N,H,W,C], and with classes arr_1 int64 [N]; streamed."""
+    def write(temporary):
+        labels = []
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {
+                    "descr": "|u1", "fortran_order": False, "shape": (count, *shape[1:], shape[0])})
+                for _, (images,), classes in blocks:
+                    file.write(np.ascontiguousarray(images.transpose(0, 2, 3, 1)).tobytes())
+                    labels.extend([] if classes is None else classes)
+            if labels:
+                with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+                    np.lib.format.write_array(file, np.array(labels, np.int64))
+
+    write_atomically(path, write)
+
+
+def write_folder(path, blocks):
+    """A PNG named after each seed, and dataset.json."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    names, labels = [], []
+    try:
+        temporary.mkdir()
+        for seeds, (images,), classes in blocks:
+            for seed, image in zip(seeds, images):
+                names.append(f"{seed:06d}.png")
+                (temporary / names[-1]).write_bytes(png(image))
+            labels.extend([] if classes is None else classes)
+        (temporary / "dataset.json").write_text(dataset_json(names, labels))
+        if path.exists():
+            shutil.rmtree(path)                 # check_out saw nothing but samples in it
+        temporary.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise RunFailed(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def open_npz(path):
+    """Images in the ADM evaluator's layout, nothing unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_0" not in file.files:
+                raise ValueError(f"it holds {', '.join(file.files)}")
+            pixels = file["arr_0"]
+            classes = file["arr_1"] if "arr_1" in file.files else None
+    except Exception as error:  # noqa: BLE001 - zip, zlib and numpy raise many types
+        raise UserError(f"{path}: not an npz of images arr_0 ({error})") from None
+    if (pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3)
+            or 0 in pixels.shape):                      # a million millions of them take no room
+        raise UserError(f"{path}: arr_0 is {pixels.dtype} {list(pixels.shape)}; wanted: uint8 "
+                        "[N,H,W,1 or 3]")
+    if classes is not None and (classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu"
+                                or len(classes) and classes.min() < 0):
+        raise UserError(f"{path}: arr_1 is no list of {len(pixels)} classes")
+    label_dim = 0 if classes is None or not len(classes) else int(classes.max()) + 1
+    labels = np.zeros(len(pixels), np.int64) if classes is None else classes.astype(np.int64)
+    pixels = pixels.transpose(0, 3, 1, 2)
+    return Images(str(path), pixels.shape[1:], labels, pixels.__getitem__, label_dim)

@@ -1,0 +1,1 @@
+"""What scores images: feature networks, the judge, the records of evaluations."""

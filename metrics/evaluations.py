@@ -1,0 +1,93 @@
+"""evaluation.json: figures beside the protocol that they stand for, and tables made from them."""
+
+import json
+from pathlib import Path
+
+from weights.checkpoint import write_atomically
+from base.errors import UserError
+
+COLUMNS = {"digits-FID": "{:.3f}", "FID": "{:.3f}", "right_class": "{:.2%}",
+           "inception_score": "{:.3f}", "precision": "{:.4f}", "recall": "{:.4f}"}
+HEADINGS = {"right_class": "right class", "inception_score": "Inception score"}
+
+
+def identity(entry):
+    """What a new evaluation replaces: the same thing by the same protocol, whatever its weights."""
+    protocol = {k: v for k, v in entry["protocol"].items() if k != "source"}
+    file = entry["protocol"]["source"]["file"]
+    return json.dumps([entry["what"], file, protocol], sort_keys=True)
+
+
+def read_records(path):
+    """The entries of an evaluation.json."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict) or content["format"] != 1:
+            raise ValueError
+        for entry in content["evaluations"]:        # these two read every field that is used
+            identity(entry)
+            table([entry])
+        return content["evaluations"]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no record of evaluate.py") from None
+
+
+def record(path, new, force):
+    """Add the new entries to the file; those of the same identity go."""
+    old = [] if force or not path.exists() else read_records(path)
+    fresh = {identity(entry) for entry in new}
+    kept = [entry for entry in old if identity(entry) not in fresh]
+    text = json.dumps({"format": 1, "evaluations": kept + new}, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def table(records):
+    """Markdown: a row for each record, a column for each figure that any has, protocols below."""
+    names = [name for name in COLUMNS if any(name in r["figures"] for r in records)]
+    repeated = any(len(f["values"]) > 1 for r in records for f in r["figures"].values())
+    lines = ["| | evaluations | " + " | ".join(HEADINGS.get(n, n) for n in names) + " | protocol |",
+             "|---|---|" + "---|" * (len(names) + 1)]
+    protocols = []
+    for r in records:
+        text = protocol_text(r)
+        protocols += [text] if text not in protocols else []
+        cells = [cell(r["figures"].get(name), COLUMNS[name]) for name in names]
+        cells = [f"{r['protocol']['source']['file']}, {r['what']}", str(r["evaluations"] or "-"),
+                 *cells, str(protocols.index(text) + 1)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if repeated:
+        lines += ["", "Mean over blocks of seeds (least to most)."]
+    lines += [""] + [f"Protocol {k}: {text}." for k, text in enumerate(protocols, 1)]
+    return "\n".join(lines)
+
+
+def cell(figure, form):
+    if figure is None:
+        return "-"
+    least, most = figure["least"], figure["least"] + figure["spread"]
+    span = f" ({form.format(least)} to {form.format(most)})" if len(figure["values"]) > 1 else ""
+    return form.format(figure["mean"]) + span
+
+
+def protocol_text(r):
+    p, e = r["protocol"], r["environment"]
+    parts = [f"{p['images']:,} images", f"seeds {', '.join(p['seeds'])}" if p["seeds"] else "",
+             f"labels: {p['labels']}", p["rounding"], p.get("precision", ""),
+             f"reference {p['reference']['file']} ({p['reference']['sha256'][:8]})",
+             f"features {p['features']['network']} ({(p['features']['sha256'] or '-')[:8]})",
+             p.get("precision_recall", ""), f"torch {e['torch']}, {e['device']}"]
+    return "; ".join(part for part in parts if part)
+
+
+def records_under(paths):
+    """The entries of files, and of every evaluation*.json under folders."""
+    found = []
+    for path in map(Path, paths):
+        files = sorted(path.rglob("evaluation*.json")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"--table {path}: no evaluation.json under it")
+        for file in files:
+            found += read_records(file)
+    return found

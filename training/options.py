@@ -1,0 +1,164 @@
+"""The command line of train.py: a preset, and a flag for each of its fields."""
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from base import distributed
+from base.errors import Parser, UserError
+from presets import Config, find
+
+
+# What says nothing about a teacher in training.
+STUDENTS = ("teacher", "sigmas", "trained_step", "loss", "alpha", "dm_weighting", "unforget_weight",
+            "external_sampling", "gan_weight", "gan_adapted_weight", "regression_weight",
+            "regression_pairs", "regression_steps", "ttur")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how it is computed; of these only the files named change more than rounding."""
+    folder: Path
+    data: str
+    reference: str | None
+    inception: str | None
+    cache: str | None
+    device: str | None
+    batch_per_gpu: int
+    precision: str
+    compile: bool
+    force: bool
+    dry_run: bool
+    world_size: int
+
+
+def parser():
+    parser = Parser(
+        prog="train.py",
+        description="Distil a diffusion model into a few-step student. Without --stage, PMDD runs "
+                    "its stages 1, 2, 3 in order. The same command resumes a run. --dry-run shows "
+                    "a preset's values.")
+    preset = parser.add_argument_group("what is computed (default: the preset's value)")
+    for f in dataclasses.fields(Config):
+        flag, kwargs = "--" + f.name.replace("_", "-"), dict(f.metadata, default=argparse.SUPPRESS)
+        if f.name in ("dataset", "method"):
+            kwargs["default"] = f.default
+        elif isinstance(f.default, bool):
+            kwargs |= dict(action=argparse.BooleanOptionalAction)
+            del kwargs["choices"]
+        elif isinstance(f.default, tuple):
+            kwargs |= dict(type=float, nargs="+")
+        else:
+            kwargs["type"] = type(f.default)
+        preset.add_argument(flag, **kwargs)
+    preset.add_argument("--variant", default="",
+                        help="another row of the same paper: unconditional, no-gan, longer")
+    how = parser.add_argument_group("where and how")
+    how.add_argument("--folder", help="folder of the run (default: runs/<dataset>-<method>)")
+    how.add_argument("--data", help="real images: digits, cifar10, a folder, a zip, or CIFAR-10's "
+                                    "archive (default: the dataset's own)")
+    how.add_argument("--reference", help="FID reference, an npz with mu and sigma (default: the "
+                                         "published one of the dataset)")
+    how.add_argument("--inception", help="file with the 2015-12-05 Inception weights (default: the "
+                                         "published one, downloaded)")
+    how.add_argument("--cache", help="folder of downloads (default: $PMDD_CACHE or ~/.cache/pmdd)")
+    how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    how.add_argument("--batch-per-gpu", type=int, default=0,
+                     help="images of one forward pass; smaller ones accumulate gradients (0: all)")
+    how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
+                     help="tf32: tensor cores; bf16: autocast, weights in fp32")
+    how.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    how.add_argument("--force", action="store_true", help="go on although the preset has changed")
+    how.add_argument("--dry-run", action="store_true",
+                     help="print the configuration, its cost and a memory plan, and stop")
+    return parser
+
+
+def parse(argv=None):
+    """The rows to run in order, as (preset, config, options)."""
+    args = parser().parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+             if hasattr(args, f.name)}
+    needless = [k for k in given if k in STUDENTS]
+    if needless and given.get("stage") == 0:
+        raise UserError(f"--{needless[0].replace('_', '-')} is for a student; --stage 0 trains a "
+                        "teacher")
+    stages = [given["stage"]] if "stage" in given else [1, 2, 3] if args.method == "pmdd" else [1]
+    if "start_from" in given and (len(stages) > 1 or stages == [0]):
+        raise UserError("--start-from is for one stage of a student: give --stage 1, 2 or 3")
+    rows = []
+    for stage in stages:
+        try:
+            preset = find(args.dataset, args.method, stage, args.variant)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        config = merge(preset.config, given | {"stage": stage}, all_stages=len(stages) > 1)
+        rows.append((preset, config, options(args, config)))
+    return rows
+
+
+def merge(config, given, all_stages):
+    """The preset with the flags that were given; of sigmas for all stages each has its first."""
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    if "sigmas" in changes and all_stages:
+        changes["sigmas"] = changes["sigmas"][:changes["stage"]]
+    if changes["stage"] == 0:
+        changes["method"] = config.method
+    config = dataclasses.replace(config, **changes)
+    check(config)
+    return config
+
+
+def check(config):
+    """UserError for a value that no run can have."""
+    def require(ok, name, allowed):
+        if not ok:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(config, name)!r}; allowed: {allowed}")
+
+    for name in ("ttur", "iterations", "batch", "save_every", "regression_steps"):
+        require(getattr(config, name) >= 1, name, "whole numbers, at least 1")
+    for name in ("unforget_weight", "gan_weight", "gan_adapted_weight", "regression_weight",
+                 "regression_pairs", "weight_decay", "clip", "ema_halflife", "evaluate_every",
+                 "alpha"):
+        require(0 <= getattr(config, name) < math.inf, name, "0 or more")
+    require(0 <= config.seed < 1 << 63, "seed", "0 to 2^63 - 1, as torch's generators")
+    require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")
+    require(0 < config.final_rate <= 1, "final_rate", "above 0, at most 1")
+    require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas",
+            "two numbers from 0 to below 1")
+    require(len(config.sigmas) == config.stage, "sigmas",
+            f"{config.stage} noise level{'s' * (config.stage != 1)}, one a step")
+    require(all(a > b > 0 for a, b in zip((math.inf, *config.sigmas), config.sigmas)), "sigmas",
+            "falling, above 0")
+    require(config.evaluate_images >= 2, "evaluate_images", "whole numbers, at least 2")
+    if config.stage:
+        require(config.loss != "none" or config.gan_weight or config.regression_weight, "loss",
+                "dm or sid, unless there is a GAN or regression term")
+        previous = config.trained_step == "last" and (config.method == "pmdd" or config.start_from)
+        require(not config.unforget_weight or previous, "unforget_weight",
+                "0, unless a student of an earlier stage takes part: --method pmdd or "
+                "--start-from, and --trained-step last")
+        require(not config.regression_weight or config.regression_pairs >= 1, "regression_pairs",
+                "at least 1 with --regression-weight")
+
+
+def options(args, config):
+    world_size = distributed.processes()
+    if config.batch % world_size:
+        raise UserError(f"--batch {config.batch} cannot be divided by {world_size} processes; "
+                        f"allowed: multiples of {world_size}")
+    share = config.batch // world_size
+    per_gpu = args.batch_per_gpu or share
+    if per_gpu < 0 or share % per_gpu:
+        raise UserError(f"--batch-per-gpu {per_gpu} does not divide the {share} images of a "
+                        "process; allowed: divisors of that number, 0 for all")
+    name = f"{config.dataset}-{config.method}" + (f"-{args.variant}" if args.variant else "")
+    folder = Path(args.folder or Path("runs") / name) / f"stage{config.stage}"
+    return Options(folder, args.data or config.dataset, args.reference, args.inception, args.cache,
+                   args.device, per_gpu, args.precision, args.compile, args.force, args.dry_run,
+                   world_size)
+
+

@@ -1,0 +1,1 @@
+"""Where networks come from and go: checkpoints, published files, opening one."""

@@ -1,0 +1,244 @@
+"""Checkpoints: plain tensors and numbers, written so that a crash never leaves a bad file behind.
+
+A file is what torch.save writes plus a zip comment that holds the sha256 of all bytes before it, so
+torch.load(path, weights_only=True) reads it and every damaged byte is found. `latest.pt` is the
+newest, `previous.pt` the one before, `best.pt` the best by FID.
+
+Here is also what every other writer uses: write_atomically, and file_digest.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from edm_networks import EDMPrecond
+from base.errors import RunFailed, UserError, run
+
+FORMAT = 1
+DIGEST = 64                      # hexadecimal digits of a sha256
+
+# What a checkpoint holds; whoever has the checksum's rule can write one that holds something else.
+NUMBER = (int, float)
+KINDS = {"dataset": str, "method": str, "stage": int, "sigmas": list, "network": dict, "fid": dict,
+         "iteration": int, "best_fid": NUMBER, "ema": dict, "student": dict, "adapted": dict,
+         "head": dict, "optimizers": list, "made_from": dict}
+SAMPLED = ("dataset", "sigmas", "network", "ema")           # what sampling needs of it
+RESUMED = ("network", "student", "ema", "optimizers", "iteration", "fid")       # and a resumed run
+
+
+class DamagedCheckpoint(UserError):
+    """The file is not what was written."""
+
+
+def file_digest(path, algorithm="sha256", length=None):
+    """Of a file's first `length` bytes, of all without it."""
+    digest, left = hashlib.new(algorithm), os.path.getsize(path) if length is None else length
+    with open(path, "rb") as file:
+        while left and (chunk := file.read(min(left, 1 << 24))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def weights_digest(state):
+    """Of the names and values of a state dict, whatever file they stand in."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sync_folder(folder):
+    """Flush a rename to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path, write):
+    """write(temporary path), flush, rename: `path` is either the old file or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:    # the latter is torch's zip writer on a full disk
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+        raise RunFailed(f"cannot write {path}: {reason}; what was there before is "
+                        "intact") from error
+    finally:
+        with contextlib.suppress(OSError):      # gone by its rename, or the disk is beyond writing
+            temporary.unlink()
+
+
+def write_arrays(path, **arrays):
+    def write(temporary):
+        with open(temporary, "wb") as file:     # np.savez would add .npz to a name
+            np.savez(file, **arrays)
+
+    write_atomically(path, write)
+
+
+def save(path, payload):
+    def write(temporary):
+        torch.save({"format": FORMAT, **payload}, temporary)
+        with open(temporary, "rb+") as file:        # the last two bytes are the comment's length
+            file.seek(-2, os.SEEK_END)
+            file.write(DIGEST.to_bytes(2, "little"))
+        digest = file_digest(temporary)
+        with open(temporary, "ab") as file:
+            file.write(digest.encode())
+
+    write_atomically(path, write)
+
+
+def undamaged(path):
+    """Whether a file ends with the checksum of all that is before it."""
+    length = os.path.getsize(path) - DIGEST
+    with open(path, "rb") as file:
+        file.seek(max(length, 0))
+        written = file.read()
+    return length > 0 and file_digest(path, length=length) == written.decode("ascii", "replace")
+
+
+def load(path, device="cpu", needs=()):
+    """The payload of `path`, which holds at least what it `needs`; or DamagedCheckpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        if not undamaged(path):
+            raise DamagedCheckpoint(f"{path} is damaged or not one of our checkpoints "
+                                    "(its checksum does not match); use another copy")
+        payload = torch.load(path, map_location=device, weights_only=True)
+        ours = type(payload) is dict and bool(payload["format"] == FORMAT)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (DamagedCheckpoint, MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception:       # a checksum that matches proves no author; torch raises many types
+        ours = False
+    if not ours:
+        raise DamagedCheckpoint(f"{path} is not a checkpoint of format {FORMAT}")
+    for name, kind in KINDS.items():
+        if name in payload and not isinstance(payload[name], kind) or (
+                name in needs and name not in payload):
+            raise DamagedCheckpoint(f"{path} holds no {name} as our checkpoints do")
+    if not all(type(sigma) in NUMBER for sigma in payload.get("sigmas", ())):
+        raise DamagedCheckpoint(f"{path} holds sigmas that are no numbers")
+    return payload
+
+
+def save_latest(folder, payload):
+    """Keep the last two: latest.pt becomes previous.pt."""
+    fresh = Path(folder) / "newest.pt"
+    if fresh.exists() and undamaged(fresh):     # a crash came between its save and its renames
+        promote(fresh)
+    save(fresh, payload)
+    promote(fresh)
+
+
+def promote(fresh):
+    """newest.pt becomes latest.pt, and that previous.pt; a damaged one replaces no good one."""
+    latest, previous = fresh.with_name("latest.pt"), fresh.with_name("previous.pt")
+    try:
+        if latest.exists() and undamaged(latest):
+            os.replace(latest, previous)
+        os.replace(fresh, latest)
+        sync_folder(fresh.parent)
+    except OSError as error:
+        raise RunFailed(f"cannot rename {fresh}: {error.strerror}; it is whole, and a resumed run "
+                        "starts from it") from error
+
+
+def load_latest(folder, device="cpu", say=print, needs=()):
+    """The newest undamaged checkpoint of a run, None if there is none at all."""
+    # A crash between the renames of save_latest leaves newest.pt beside previous.pt.
+    names = ("newest.pt", "latest.pt", "previous.pt")
+    candidates = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
+    for path in candidates:
+        try:
+            return load(path, device, needs)
+        except DamagedCheckpoint as error:
+            say(f"warning: {error}")
+    if candidates:
+        raise UserError(f"no undamaged checkpoint in {folder}; move the folder away to start "
+                        "afresh")
+    return None
+
+
+def best_fid(folder):
+    """What best.pt stands for: infinite where there is none, or none that could be used."""
+    path = Path(folder) / "best.pt"
+    try:
+        return load(path, needs=("best_fid",))["best_fid"] if path.exists() else math.inf
+    except DamagedCheckpoint:
+        return math.inf
+
+
+def network_from(payload, weights="ema", source="the checkpoint"):
+    """The network of a payload, with one of its sets of weights, in evaluation mode."""
+    return build_network(payload["network"], payload[weights], source).eval()
+
+
+class Undrawn(TorchFunctionMode):
+    """Draws no first weights: on the meta device that would only import half of torch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
+def build_network(config, state, source):
+    """The network around these very tensors: nothing is allocated or initialised twice."""
+    try:
+        check_plain(config)
+        with torch.device("meta"), Undrawn():
+            network = EDMPrecond(**config)
+        floats = {name: tensor.float() for name, tensor in state.items()}
+        network.load_state_dict(floats, strict=True, assign=True)
+    except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError,
+            LookupError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source}: its weights do not fit its configuration: {reason}") from None
+    return network
+
+
+def check_plain(config):
+    """Plain and small: nothing in it can make building the network run long."""
+    def plain(value):
+        return value is None or type(value) in (bool, int, float, str)
+
+    for name, value in config.items():
+        items = value if type(value) in (list, tuple) else [value]
+        if len(items) > 16 or not all(map(plain, items)):
+            raise UserError(f"constructor argument {str(name)[:40]!r} is not a plain value")
+    blocks = config.get("num_blocks", 0)
+    if type(blocks) is not int or blocks > 64:
+        raise UserError("constructor argument num_blocks is not a whole number up to 64")
+
+
+def main(argv):
+    """python -m weights.checkpoint BEST.pt OUT.pt: only what sampling needs."""
+    if len(argv) != 2 or Path(argv[1]).suffix != ".pt":
+        raise UserError("usage: python -m weights.checkpoint BEST.pt OUT.pt")
+    if not os.access(Path(argv[1]).resolve().parent, os.W_OK):
+        raise UserError(f"cannot write to {Path(argv[1]).parent}")
+    names = ("dataset", "method", "stage", "sigmas", "network", "iteration", "fid", "ema")
+    payload = load(argv[0], needs=names)
+    save(argv[1], {name: payload[name] for name in names})
+
+
+if __name__ == "__main__":
+    run(lambda: main(sys.argv[1:]))
