@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models import KARRAS, classes_as_conditions, to_uint8
+
 # Constructor arguments of the two published U-Nets, with their published defaults.
 SONG = dict(augment_dim=0, model_channels=128, channel_mult=[1, 2, 2, 2], channel_mult_emb=4,
             num_blocks=4, attn_resolutions=[16], dropout=0.10, label_dropout=0,
@@ -20,7 +22,6 @@ ADM = dict(augment_dim=0, model_channels=192, channel_mult=[1, 2, 3, 4], channel
 FAMILIES = {"SongUNet": SONG, "DhariwalUNet": ADM}
 ALLOWED = dict(embedding_type=("positional", "fourier"), encoder_type=("standard", "residual"),
                decoder_type=("standard",))
-OUTPUTS = ("denoised", "encoder", "both")
 
 
 class Linear(nn.Module):
@@ -158,11 +159,11 @@ class UNet(nn.Module):
 
     def __init__(self, family, img_resolution, img_channels, label_dim, *, augment_dim,
                  model_channels, channel_mult, channel_mult_emb, num_blocks, attn_resolutions,
-                 dropout, label_dropout, embedding_type="positional", channel_mult_noise=1,
+                 dropout, embedding_type="positional", channel_mult_noise=1,
                  encoder_type="standard", decoder_type="standard", resample_filter=(1, 1)):
         super().__init__()
         adm = self.adm = family == "DhariwalUNet"
-        self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
+        self.label_dim = label_dim
         emb_width = model_channels * channel_mult_emb
         noise_width = model_channels * channel_mult_noise
         block = dict(emb_width=emb_width, adm=adm, dropout=dropout, resample_filter=resample_filter)
@@ -257,8 +258,6 @@ class UNet(nn.Module):
         emb = self.map_noise(c_noise)
         if self.label_dim:
             y = emb.new_zeros(1, self.label_dim) if y is None else y.to(emb.dtype)
-            if self.training and self.label_dropout:
-                y = y * (torch.rand(len(y), 1, device=y.device) >= self.label_dropout)
             if not self.adm:
                 emb = emb + self.map_label(y * math.sqrt(self.label_dim))
         if augment_labels is not None:
@@ -269,7 +268,7 @@ class UNet(nn.Module):
         return F.silu(emb)
 
     def forward(self, x, c_noise, y=None, augment_labels=None, output="denoised"):
-        """x [B,C,H,W] -> F [B,C,H,W], the encoder's last output, or both."""
+        """x [B,C,H,W] -> F [B,C,H,W], or the encoder's last output."""
         emb = self.embed(c_noise.flatten(), y, augment_labels)
         skips, aux = [], x
         for name, layer in self.enc.items():
@@ -280,23 +279,23 @@ class UNet(nn.Module):
                 skips.append(x)
         if output == "encoder":
             return x
-        encoded = x
         for name, layer in self.dec.items():
             if isinstance(layer, UNetBlock):
                 x = layer(torch.cat([x, skips.pop()], dim=1) if "_block" in name else x, emb)
             else:  # aux_norm, aux_conv
                 x = F.silu(layer(x)) if name.endswith("_norm") else layer(x)
-        if self.adm:
-            x = self.out_conv(F.silu(self.out_norm(x)))
-        return (x, encoded) if output == "both" else x
+        return self.out_conv(F.silu(self.out_norm(x))) if self.adm else x
 
 
 class EDMPrecond(nn.Module):
     """D(x, sigma, y) = c_skip x + c_out F(c_in x, c_noise, y): EDM Table 1, Eq. 7.
 
     Takes the published constructor's arguments; `config` holds them all and rebuilds the network.
-    use_fp16 is accepted for the published files' sake: precision is the caller's autocast.
+    Of these use_fp16 and label_dropout are taken for the published files' sake and mean nothing
+    here: precision is the caller's autocast, and nothing trained here drops labels.
     """
+
+    levels, pixels = KARRAS, staticmethod(to_uint8)
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0,
                  sigma_max=math.inf, sigma_data=0.5, model_type="DhariwalUNet", **model_kwargs):
@@ -312,51 +311,26 @@ class EDMPrecond(nn.Module):
         self.config = dict(img_resolution=img_resolution, img_channels=img_channels,
                            label_dim=label_dim, sigma_data=sigma_data, model_type=model_type,
                            **options)
-        self.image_shape = (img_channels, img_resolution, img_resolution)
-        self.label_dim, self.sigma_data = label_dim, sigma_data
+        del options["label_dropout"]
+        self.shape, self.sigma_data = (img_channels, img_resolution, img_resolution), sigma_data
+        self.conditions = classes_as_conditions(label_dim)
         self.model = UNet(model_type, img_resolution, img_channels, label_dim, **options)
+        self.encoder_channels = self.model.encoder_channels
+        self.encoder_resolution = self.model.encoder_resolution
 
     def forward(self, x, sigma, y=None, augment_labels=None, output="denoised"):
-        """x [B,C,H,W]; sigma: one value per image or one for all; y one-hot [B,label_dim].
+        """x [B,C,H,W]; sigma: one value for each image or one for all; y one-hot [B,label_dim].
 
-        output: "denoised" gives D; "encoder" the encoder's last output, skipping the decoder;
-        "both" gives the pair from one pass.
+        output: "denoised" gives D; "encoder" the encoder's last output, skipping the decoder.
         """
-        x = x.to(self.model.map_layer0.weight.dtype)  # fp32 even under autocast
+        x = x.to(self.model.map_layer0.weight.dtype)    # fp32 even under autocast
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
-        self.check_input(x, sigma, y, augment_labels, output)
         c_skip = self.sigma_data ** 2 / (sigma ** 2 + self.sigma_data ** 2)
         c_out = sigma * self.sigma_data / (sigma ** 2 + self.sigma_data ** 2).sqrt()
         c_in = 1 / (sigma ** 2 + self.sigma_data ** 2).sqrt()
         c_noise = sigma.log() / 4
-        result = self.model(c_in * x, c_noise, y, augment_labels, output)
-        if output == "encoder":
-            return result
-        F_x, *encoded = result if output == "both" else (result,)
-        denoised = c_skip * x + c_out * F_x.to(x.dtype)
-        return (denoised, *encoded) if output == "both" else denoised
-
-    def check_input(self, x, sigma, y, augment_labels, output):
-        B = x.shape[0]
-        if x.shape[1:] != self.image_shape:
-            raise ValueError(f"x has shape {list(x.shape)}; allowed: "
-                             f"[B, {str(self.image_shape)[1:-1]}]")
-        if len(sigma) not in (1, B):
-            raise ValueError(f"sigma has {len(sigma)} values for {B} images; allowed: 1 or {B}")
-        if y is not None and tuple(y.shape) not in {(B, self.label_dim), (1, self.label_dim)}:
-            raise ValueError(f"labels have shape {list(y.shape)}; allowed: "
-                             + (f"[{B}, {self.label_dim}]" if self.label_dim else
-                                "none, this network is unconditional"))
-        if augment_labels is not None and augment_labels.shape != (B, self.model.augment_dim):
-            raise ValueError(f"augment labels have shape {list(augment_labels.shape)}; allowed: "
-                             + (f"[{B}, {self.model.augment_dim}]" if self.model.augment_dim else
-                                "none, this network takes none"))
-        if output not in OUTPUTS:
-            raise ValueError(f"output is {output!r}; allowed: {', '.join(OUTPUTS)}")
-        # Looking at values would stall a GPU and break a compiled graph.
-        looks = sigma.device.type == "cpu" and not torch.compiler.is_compiling()
-        if looks and not (sigma > 0).all():
-            raise ValueError(f"sigma is {sigma.min().item()}; allowed: above 0")
+        F_x = self.model(c_in * x, c_noise, y, augment_labels, output)
+        return F_x if output == "encoder" else c_skip * x + c_out * F_x.to(x.dtype)
 
 
 def check_architecture(model_type, img_resolution, img_channels, label_dim, sigma_data, options):

@@ -6,8 +6,8 @@
     python evaluate.py --table results                   a Markdown table of recorded evaluations
     torchrun --nproc_per_node=4 evaluate.py --repeats 3  EDM's three blocks of seeds, shared out
 
-Every figure is recorded beside its protocol in evaluation.json: next to a checkpoint of a run,
-else in the current folder. Evaluating the same thing again replaces its figures.
+Every score is recorded beside its protocol in evaluation.json: next to a checkpoint of a run,
+else in the current folder. Evaluating the same thing again replaces it.
 """
 
 import os
@@ -20,16 +20,19 @@ import numpy as np
 import torch
 
 from base import distributed
-from weights.checkpoint import file_digest
-from images.real import open_images
+from base.distributed import from_rank_zero, say
 from base.errors import UserError, run
-from metrics.evaluations import read_records, record, records_under, table
-from metrics.judge import MANIFOLD, NEIGHBOURS, Judge, progress
+from base.files import ASSETS, file_digest, shown, versions
+from base.progress import progress
+from images.from_seeds import heun, prepare, sample_block, seed_blocks
+from images.real import open_images
 from images.sets import open_npz
-from models import first_sigmas, sample_every_step, sample_heun
-from weights.opening import (ASSETS, LARGEST_NUMBER, Parser, from_rank_zero, open_student,
-                      open_teacher, prepare, sample_block, say, seed_blocks, shown, steps_text)
-from training.run_folder import versions
+from metrics.evaluations import read_records, record, records_under, table
+from metrics.judge import MANIFOLD, NEIGHBOURS, Judge, dataset_of
+from models import sample_every_step
+from presets import DATASETS
+from weights.opening import (LARGEST_NUMBER, Parser, churn_options, open_student, open_teacher,
+                             steps_text)
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
 LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}
@@ -84,6 +87,7 @@ def check(args):
                         or args.repeats > 1):
         raise UserError("--images has no seeds or steps: leave out --checkpoint, --teacher, "
                         "--steps, --heun and --repeats")
+    churn_options(args.churn)
     if args.teacher and args.steps and not args.heun:
         raise UserError("--steps is for a student; a teacher takes --heun")
     if args.precision_recall and args.n and args.n <= NEIGHBOURS:
@@ -127,11 +131,8 @@ def open_jobs(args, device):
 
 def student_job(student, args, device):
     """All numbers of steps from one roll-out: the images of fewer steps are its earlier outputs."""
-    try:
-        steps = args.steps or range(1, len(student.sigmas) + 1)
-        sigmas = first_sigmas(student.sigmas, max(steps))
-    except ValueError as error:
-        raise UserError(f"--steps: {student.name}: {error}") from None
+    steps = args.steps or range(1, len(student.sigmas) + 1)
+    sigmas = student.first_sigmas(max(steps))
 
     def sampler(*inputs):
         images = sample_every_step(*inputs, sigmas=sigmas)
@@ -142,25 +143,25 @@ def student_job(student, args, device):
 
 
 def heun_job(teacher, steps, args, device):
-    def sampler(*inputs):
-        return [sample_heun(*inputs, steps=steps)]
-
-    return network_job(teacher, sampler, [(f"Heun, {steps_text(steps)}", 2 * steps - 1)],
-                       [{"sampler": "EDM Alg. 2, no churn"}], args, device)
+    churn = f"S_churn, S_tmin, S_tmax, S_noise = {args.churn}" if any(args.churn) else "no churn"
+    return network_job(teacher, heun(steps, **churn_options(args.churn)),
+                       [(f"Heun, {steps_text(steps)}", 2 * steps - 1)],
+                       [{"sampler": f"EDM Alg. 2, {churn}"}], args, device)
 
 
 def network_job(opened, sampler, what, sampling, args, device):
     network, n = prepare(opened.network, device, args.precision, args.compile), args.n or 50_000
-    labels = args.labels if network.label_dim else "random"
+    classes = network.conditions.count
+    labels = args.labels if classes else "random"
     protocol = {"images": n, "seeds": [f"{k * n}-{(k + 1) * n - 1}" for k in range(args.repeats)],
-                "labels": LABELS[labels] if network.label_dim else "none", "rounding": ROUNDING,
+                "labels": LABELS[labels] if classes else "none", "rounding": ROUNDING,
                 "precision": args.precision + (", compiled" if args.compile else ""),
                 "source": {"file": opened.name, "sha256": file_digest(opened.path)}}
 
     def task(seeds):
         return sample_block(network, seeds, sampler, labels, device, args.precision)
 
-    return Job(what, network.image_shape, opened.dataset, task, [protocol | s for s in sampling], n,
+    return Job(what, network.shape, opened.dataset, task, [protocol | s for s in sampling], n,
                partial(seed_blocks, network=network, device=device), opened.path, opened.ours)
 
 
@@ -172,11 +173,11 @@ def images_job(args):
         raise UserError(f"{images.name} has {len(images)} images, {max(n, 2)} are needed")
     file = {"file": shown(path), "sha256": file_digest(path) if path.is_file() else None}
     protocol = {"images": n, "seeds": None, "rounding": "none, uint8 as given", "source": file,
-                "labels": "of the files" if images.label_dim else "none"}
+                "labels": "of the files" if images.classes else "none"}
 
     def task(indices):
         pixels, labels = images.take(indices)
-        return [pixels], labels if images.label_dim else None
+        return [pixels], labels if images.classes else None
 
     def blocks(indices):
         return [indices[k:k + 64] for k in range(0, len(indices), 64)]
@@ -187,14 +188,11 @@ def images_job(args):
 # ---- Scoring ----
 
 def make_judge(job, args, device):
-    dataset = "digits" if tuple(job.shape) == (1, 8, 8) else args.dataset or job.dataset
-    if dataset == "digits" and tuple(job.shape) != (1, 8, 8):
-        raise UserError(f"--dataset digits: {shown(job.source)} has images of shape "
-                        f"{list(job.shape)}, digits are [1, 8, 8]")
+    dataset = dataset_of(job.shape, args.dataset or job.dataset, shown(job.source))
     judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
                   cache=args.cache)
     if args.precision_recall:
-        source = args.data or (dataset if dataset in ("digits", "cifar10") else None)
+        source = args.data or (DATASETS[dataset].data if dataset else "")
         if not source:
             raise UserError("--precision-recall needs real images: give --data")
         images = from_rank_zero(lambda: open_images(source, args.cache))
@@ -206,12 +204,12 @@ def make_judge(job, args, device):
 
 
 def evaluate(job, judge, repeat, repeats):
-    """The figures of each of the job's image lists, for one block of seeds."""
-    first = repeat * job.n
+    """The scores of each of the job's image lists, for one block of seeds."""
+    begin = repeat * job.n
     text = job.what[-1][0] + (f", block {repeat + 1} of {repeats}" if repeats > 1 else "")
-    with progress(None, job.n, text) as bar:
-        return judge.figures(job.task, job.blocks(range(first, first + job.n)), len(job.what),
-                             job.n, bar)
+    with progress(total=job.n, desc=text, unit="image") as bar:
+        return judge.scores(job.task, job.blocks(range(begin, begin + job.n)), len(job.what),
+                            job.n, bar)
 
 
 def summary(values):
@@ -220,14 +218,14 @@ def summary(values):
 
 
 def entries(job, judge, args, device):
-    """A record for each image list: its figures and the protocol that they stand for."""
+    """A record for each image list: its scores and the protocol that they stand for."""
     repeats = [evaluate(job, judge, k, args.repeats) for k in range(args.repeats)]
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     environment = versions() | {"device": device_name, "processes": distributed.world_size()}
     found = []
     for k, (text, evaluations) in enumerate(job.what):
-        figures = {name: summary([one[k][name] for one in repeats]) for name in repeats[0][k]}
-        found.append({"what": text, "evaluations": evaluations, "figures": figures,
+        scores = {name: summary([one[k][name] for one in repeats]) for name in repeats[0][k]}
+        found.append({"what": text, "evaluations": evaluations, "figures": scores,
                       "protocol": job.protocol[k] | judge.protocol(), "environment": environment})
     return found
 

@@ -14,23 +14,13 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
-from weights.checkpoint import write_atomically
-from metrics.digits_classifier import load_digits_network
 from base.errors import Parser, UserError, run
-from metrics.inception import load_inception
+from base.files import write_atomically
+from base.progress import progress
 
 
-def feature_network(dataset, cache=None, device="cpu", weights=None):
-    """The network whose features score this dataset; `weights` is Inception's file, put by hand."""
-    if dataset == "digits":
-        return load_digits_network(device=device)
-    return load_inception(cache, device, weights)
-
-
-# Statistics ---------------------------------------------------------------------------------
-
+# ---- Statistics ----
 
 class FeatureStatistics:
     """Running float64 sums of features [B,D], from which mean and covariance follow."""
@@ -116,7 +106,7 @@ def low_rank_factor(covariance):
     return factor
 
 
-# References in EDM's layout: an npz with mu [D] and sigma [D,D] ------------------------------
+# ---- References in EDM's layout: an npz with mu [D] and sigma [D,D] ----
 
 
 def read_reference(path, dimensions=None):
@@ -153,7 +143,7 @@ def write_reference(path, mean, covariance):
     write_atomically(path, write)
 
 
-# Companions ---------------------------------------------------------------------------------
+# ---- Companions ----
 
 
 class InceptionScore:
@@ -228,7 +218,7 @@ def squared_distances(a, b):
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
 
 
-# Command line -------------------------------------------------------------------------------
+# ---- Command line ----
 
 
 def main():
@@ -254,13 +244,15 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no CUDA device here; cpu works")
 
-    from images.real import open_images  # training imports this file and needs no real images
+    from images.real import open_images     # this file is mathematics too, and imports no room
+    from metrics.judge import dataset_of, feature_network
     images = open_images(args.data, args.cache)
-    kind = "digits" if tuple(images.shape) == (1, 8, 8) else args.data
-    network = feature_network(kind, args.cache, args.device, args.inception)
+    dataset = dataset_of(images.shape, None, args.data)
+    network = feature_network(dataset, args.cache, args.device, args.inception)
     batches = (batch for batch, _ in images.batches(args.batch))
     steps = -(-len(images) // args.batch)
-    statistics = reference_statistics(network, tqdm(batches, "features", steps, unit="batch"))
+    statistics = reference_statistics(network, progress(batches, desc="features", total=steps,
+                                                        unit="batch"))
     write_reference(args.out, statistics.mean(), statistics.covariance())
     print(f"{args.out}: {len(images)} images, {network.dimensions} features of {network.name}")
 

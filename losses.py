@@ -9,22 +9,26 @@ DMD2 = arXiv:2405.14867, SiD = arXiv:2404.04057, EDM = arXiv:2206.00364.
     adapted   x_varphi     mu_fake     f_psi    denoiser that tracks the student's outputs
     previous  g_old        -           -        the student of the stage before, frozen
 
-x0, eps [B,C,H,W]; sigma [B,1,1,1]; y one-hot [B,K] or None. x_t = x0 + sigma eps (a_t = 1).
-Every loss is a mean over batch and pixels, so its weight means the same at every resolution.
+x0, eps [B,C,H,W]; sigma [B,1,1,1]; y, the condition, any [B,...] or None. x_t = x0 + sigma eps
+(a_t = 1). Every loss is a mean over batch and pixels, so its weight means the same at every
+resolution (Deviation 12).
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def denoising_loss(x0, sigma, eps, y, *, adapted, sigma_data=0.5):
-    """DMD Eq. 6 / Alg. 3, PMDD Eq. 8: the adapted network learns the student's images x0."""
+def denoising_loss(x0, sigma, eps, y, *, adapted, sigma_data):
+    """DMD Eq. 6 / Alg. 3, PMDD Eq. 8: the adapted network learns the student's images x0.
+
+    sigma_data is the network's own: 0.5 in EDM's; infinite gives the error in epsilon, 1 that in v.
+    """
     x0 = x0.detach()
     weight = sigma ** -2 + sigma_data ** -2                            # SNR + 1 / sigma_data^2
     return (weight * (adapted(x0 + sigma * eps, sigma, y) - x0).square()).mean()
 
 
-def edm_loss(x0, sigma, eps, y, *, teacher, sigma_data=0.5):
+def edm_loss(x0, sigma, eps, y, *, teacher, sigma_data):
     """EDM Eq. 2 with its weight lambda(sigma) of Table 1: the same denoising, of real images x0."""
     return denoising_loss(x0, sigma, eps, y, adapted=teacher, sigma_data=sigma_data)
 
@@ -51,7 +55,7 @@ def dm_loss(x0, sigma, eps, y, *, teacher, adapted, weighting="eq8"):
 
 
 def sid_loss(x0, sigma, eps, y, *, teacher, adapted, alpha):
-    """SiD's loss, the first and second term of PMDD Eq. 9 with SiD's sign (Deviation 1)."""
+    """SiD Alg. 1, the first two terms of PMDD Eq. 9 with SiD's sign (Deviation 1)."""
     x_t = x0 + sigma * eps
     x0_teacher, x0_adapted = teacher(x_t, sigma, y), adapted(x_t, sigma, y)   # gradient into x_t
     weight = 1 / mean_error(x0, x0_teacher).detach()
@@ -60,7 +64,10 @@ def sid_loss(x0, sigma, eps, y, *, teacher, adapted, alpha):
 
 
 def unforget_loss(outputs, targets):
-    """PMDD Eq. 9, last term: over the earlier steps k, mean |student(x_tk) - previous(x_tk)|^2."""
+    """PMDD Eq. 9, last term: over the earlier steps k, mean |student(x_tk) - previous(x_tk)|^2.
+
+    PMDD counts its steps from the last sampled, t_1, to the first, t_n; here as they are sampled.
+    """
     return sum((output - target.detach()).square().mean()
                for output, target in zip(outputs, targets))
 

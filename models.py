@@ -1,54 +1,112 @@
-"""Noise levels, samplers, the student's roll-out, the GAN head and the moving average.
+"""Noise levels, conditions, samplers, the student's roll-out, the GAN head, the moving average.
 
-Everywhere: images in [-1, 1], x_t = x0 + sigma * eps, a denoiser is a callable
-D(x_t, sigma, y) -> x0 with sigma [B,1,1,1] and y one-hot [B,label_dim] or None.
-EDM = arXiv:2206.00364, DMD = arXiv:2311.18828, DMD2 = arXiv:2405.14867, SiD = arXiv:2404.04057.
+Everywhere: images in [-1, 1], x_t = x0 + sigma * eps. A denoiser is a callable
+D(x_t, sigma, y, output="denoised") -> x0 with sigma [B,1,1,1] and y, its condition, [B,...] or
+None; output="encoder" gives the features of its encoder. It tells:
+
+    shape                 of x_t, without the batch
+    levels                the noise that it was trained on (Levels)
+    sigma_data            its denoising loss has the weight sigma^-2 + sigma_data^-2
+    conditions            what can be asked of it (Conditions)
+    encoder_channels, encoder_resolution        of these features, for DMD2's head
+    pixels                x0 -> uint8 images [B,C,H,W]
+
+EDM = arXiv:2206.00364, DMD = arXiv:2311.18828, DMD2 = arXiv:2405.14867, SiD = arXiv:2404.04057,
+PMDD = "Progressive Data-Free Diffusion Distillation", whose steps are counted as sampled here.
 """
 
 import math
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-SIGMA_MIN, SIGMA_MAX, RHO, LEVELS = 0.002, 80.0, 7, 1000
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
 
 
-# ---- Noise levels. Each sampler: (batch, generator) -> sigma [B,1,1,1], float32. ----
+# ---- Noise levels ----
+
+class Levels(NamedTuple):
+    """The noise levels that a denoiser was trained on, ascending."""
+    table: torch.Tensor         # [N] float64
+    at: Callable                # share of the way from the lowest (0) to the highest (1) -> sigma
+    first_scale: Callable       # sigma of the first step -> what z is multiplied by to be its input
+
+    def to(self, device):
+        return self._replace(table=self.table.to(device))
+
 
 def karras(fraction):
-    """Noise level a fraction of the way from sigma_min (0) to sigma_max (1): EDM Eq. 5."""
+    """EDM Eq. 5 from sigma_min (0) to sigma_max (1), which a plain 1 gives without rounding."""
+    if isinstance(fraction, (int, float)) and fraction == 1:
+        return SIGMA_MAX
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
     return (low + fraction * (high - low)) ** RHO
 
 
-def karras_grid():
-    """The 1000 levels into which DMD divides EDM's noise, index 0 = sigma_min. [LEVELS] float64"""
-    return karras(torch.arange(LEVELS, dtype=torch.float64) / (LEVELS - 1))
+# The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
+KARRAS = Levels(karras(torch.arange(1000, dtype=torch.float64) / 999), karras, lambda sigma: sigma)
 
 
-def sigma_grid(batch, generator, first=0, last=LEVELS - 1):
-    """Uniform over the grid's levels first..last: DMD's adapted net, and DMD2's GAN."""
-    device = generator.device
-    index = torch.randint(first, last + 1, (batch, 1, 1, 1), generator=generator, device=device)
-    return karras(index.double() / (LEVELS - 1)).float()
+# Each sampler: (levels, batch, generator) -> sigma [B,1,1,1], float32, on the device of the levels.
+
+def sigma_grid(levels, batch, generator, low=0.0, high=1.0):
+    """Uniform over the levels from one share of the table to another: DMD's adapted network."""
+    table, last = levels.table, len(levels.table) - 1
+    first, last = min(round(low * len(table)), last), min(round(high * len(table)), last)
+    index = torch.randint(first, last + 1, (batch, 1, 1, 1), generator=generator,
+                          device=table.device)
+    return table[index].float()
 
 
-def sigma_dm(batch, generator):
-    """DMD Eq. 7: the middle of the grid, 2 % to 98 %."""
-    return sigma_grid(batch, generator, first=LEVELS * 2 // 100, last=LEVELS * 98 // 100)
+def sigma_dm(levels, batch, generator):
+    """DMD Eq. 7: the middle of the levels, 2 % to 98 %."""
+    return sigma_grid(levels, batch, generator, low=0.02, high=0.98)
 
 
-def sigma_sid(batch, generator):
-    """SiD's student loss: u uniform in [0, 0.8], u = 0 at sigma_min; no grid."""
-    u = torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device)
-    return karras(0.8 * u.double()).float()
+def sigma_sid(levels, batch, generator):
+    """SiD's student loss: u uniform in [0, 0.8], u = 0 at the lowest level; between the levels."""
+    u = torch.rand(batch, 1, 1, 1, generator=generator, device=levels.table.device)
+    return levels.at(0.8 * u.double()).float()
 
 
-def sigma_lognormal(batch, generator, mean=-1.2, std=1.2):
-    """EDM's training noise; also SiD's adapted net."""
-    normal = torch.randn(batch, 1, 1, 1, generator=generator, device=generator.device)
+def sigma_lognormal(levels, batch, generator, mean=-1.2, std=1.2):
+    """EDM's training noise; also SiD's adapted network."""
+    normal = torch.randn(batch, 1, 1, 1, generator=generator, device=levels.table.device)
     return (mean + std * normal).exp()
+
+
+# ---- Conditions ----
+
+class Conditions(NamedTuple):
+    """What a network can be asked for, classes or prompts, each known by its index."""
+    count: int                  # 0: nothing can be asked for
+    embed: Callable             # index [B] -> y [B,...]; None where count is 0
+    null: torch.Tensor | None   # y of no condition, broadcastable to y: for guidance
+
+
+def classes_as_conditions(label_dim):
+    """One-hot classes, all zeros for none: EDM's networks."""
+    if not label_dim:
+        return Conditions(0, lambda index: None, None)
+    return Conditions(label_dim, lambda index: F.one_hot(index, label_dim).float(), torch.zeros(()))
+
+
+class Guided(nn.Module):
+    """Classifier-free guidance (arXiv:2207.12598): D(null) + w (D(y) - D(null)), exact in x0."""
+
+    def __init__(self, network, weight, null):
+        super().__init__()
+        self.network, self.weight = network, weight
+        self.register_buffer("null", null, persistent=False)
+        self.shape, self.levels, self.conditions = network.shape, network.levels, network.conditions
+
+    def forward(self, x_t, sigma, y):
+        both = torch.cat([self.null.to(y).expand_as(y), y])
+        twice = torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both
+        without, asked = self.network(*twice).chunk(2)
+        return without + self.weight * (asked - without)
 
 
 # ---- Sampling ----
@@ -58,19 +116,13 @@ def level(sigma, x):
     return torch.full((len(x), 1, 1, 1), float(sigma), dtype=x.dtype, device=x.device)
 
 
-def first_sigmas(sigmas, steps):
-    if not 1 <= steps <= len(sigmas):
-        raise ValueError(f"steps is {steps}; this student was trained for 1 to {len(sigmas)}")
-    return tuple(sigmas[:steps])
-
-
 @torch.no_grad()
 def roll_out(student, z, y, sigmas, noises):
     """PMDD Eq. 7 = DMD2 Sec. 4.5: inputs x_t1..x_tn, and outputs x0 of all steps but the last.
 
     z and each of noises: standard normal [B,C,H,W]; noises has one for every step after the first.
     """
-    inputs, outputs = [sigmas[0] * z], []
+    inputs, outputs = [student.levels.first_scale(sigmas[0]) * z], []
     for sigma, next_sigma, eps in zip(sigmas, sigmas[1:], noises):
         outputs.append(student(inputs[-1], level(sigma, z), y))
         inputs.append(outputs[-1] + next_sigma * eps)
@@ -80,7 +132,7 @@ def roll_out(student, z, y, sigmas, noises):
 def denoise_together(student, inputs, sigmas, y):
     """[student(x_tk, t_k) for each k] in one batched pass."""
     sigma = torch.cat([level(s, x) for s, x in zip(sigmas, inputs)])
-    y = None if y is None else y.repeat(len(inputs), 1)
+    y = None if y is None else torch.cat([y] * len(inputs))
     return student(torch.cat(inputs), sigma, y).chunk(len(inputs))
 
 
@@ -102,11 +154,8 @@ def sample_student(student, z, y, noise, *, sigmas):
 def sample_heun(denoiser, z, y, noise=None, *, steps, churn=0.0, churn_min=0.0,
                 churn_max=math.inf, churn_noise=1.0):
     """EDM Alg. 2 with 2 steps - 1 evaluations; state in float64. Churn 0 solves the ODE."""
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; allowed: at least 1")
-    fractions = [1 - i / max(steps - 1, 1) for i in range(steps)]
-    sigmas = [SIGMA_MAX if f == 1 else karras(f) for f in fractions] + [0.0]
-    x = z.double() * sigmas[0]
+    sigmas = [denoiser.levels.at(1 - i / max(steps - 1, 1)) for i in range(steps)] + [0.0]
+    x = z.double() * denoiser.levels.first_scale(sigmas[0])
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):
         # Raise the noise a little: gamma of Alg. 2.
         if churn > 0 and churn_min <= sigma <= churn_max:
@@ -136,36 +185,25 @@ class SeededNoise:
             image.normal_(generator=generator)
         return noise
 
-    def classes(self, label_dim):
-        return torch.cat([torch.randint(label_dim, (1,), generator=g, device=self.device)
+    def indices(self, count):
+        return torch.cat([torch.randint(count, (1,), generator=g, device=self.device)
                           for g in self.generators])
 
 
-def given_classes(classes, batch, label_dim, device):
-    """One class for all, or one for each image. [B]"""
-    classes = torch.as_tensor(classes, device=device)
-    if classes.min() < 0 or classes.max() >= label_dim:
-        raise ValueError(f"classes run from {classes.min()} to {classes.max()}; allowed: 0 to "
-                         f"{label_dim - 1}")
-    return classes.expand(batch)
+def sample_seeds(network, seeds, sampler, asked=None, device="cpu"):
+    """Images x0 [B,C,H,W] and the index of what was asked for [B], None where nothing can be.
 
-
-def sample_seeds(network, seeds, sampler, classes=None, device="cpu"):
-    """Images x0 [B,C,H,W] and their classes [B] (None without labels) for a list of seeds.
-
-    Each generator draws its z, then its class, then whatever the sampler asks for:
-    sampler(network, z, y, noise) is sample_student or sample_heun with its options bound.
+    Each seed's generator draws its z, then its condition where `asked` (one for each seed) is None,
+    then whatever the sampler asks for: sampler(network, z, y, noise) is sample_student or
+    sample_heun with its options bound.
     """
-    if classes is not None and not network.label_dim:
-        raise ValueError(f"classes are {classes}; allowed: none, this network is unconditional")
-    noise = SeededNoise(seeds, network.image_shape, device)
-    z, y = noise(), None
-    if network.label_dim:
-        drawn = noise.classes(network.label_dim)
-        classes = drawn if classes is None else given_classes(classes, len(z), network.label_dim,
-                                                              device)
-        y = F.one_hot(classes, network.label_dim).to(z.dtype)
-    return sampler(network, z, y, noise), classes
+    noise, conditions = SeededNoise(seeds, network.shape, device), network.conditions
+    z = noise()
+    if not conditions.count:
+        return sampler(network, z, None, noise), None
+    drawn = noise.indices(conditions.count)
+    index = drawn if asked is None else torch.as_tensor(asked, device=device)
+    return sampler(network, z, conditions.embed(index).to(z.dtype), noise), index
 
 
 def to_uint8(x0):
@@ -207,7 +245,7 @@ class AdaptedWithHead(nn.Module):
     def __init__(self, network):
         super().__init__()
         self.network = network
-        self.head = GANHead(network.model.encoder_channels, network.model.encoder_resolution)
+        self.head = GANHead(network.encoder_channels, network.encoder_resolution)
 
     def forward(self, x_t, sigma, y, output="denoised"):
         if output == "denoised":
@@ -218,6 +256,6 @@ class AdaptedWithHead(nn.Module):
 
 @torch.no_grad()
 def update_ema(ema, student, images, halflife_images):
-    """After `halflife_images` images the old average counts half."""
+    """After `halflife_images` images the old average counts half (EDM's form; Deviation 10)."""
     keep = 0.5 ** (images / halflife_images) if halflife_images else 0.0
     torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - keep)

@@ -6,13 +6,71 @@ SiD = arXiv:2404.04057 and the run script of its published code.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Callable, NamedTuple
 
-from models import SIGMA_MAX, karras
+from losses import dm_loss, sid_loss
+from models import KARRAS, sigma_dm, sigma_grid, sigma_lognormal, sigma_sid
+
+
+class StudentLoss(NamedTuple):
+    """A row of the table that --loss chooses from."""
+    of: Callable            # config -> loss(x0, sigma, eps, y, *, teacher, adapted); None: no such
+    student_noise: Callable     # at which noise it compares the denoisers (Deviation 5)
+    adapted_noise: Callable     # at which noise the adapted network learns beside it
+
+
+LOSSES = {
+    "dm": StudentLoss(lambda config: partial(dm_loss, weighting=config.dm_weighting),
+                      sigma_dm, sigma_grid),
+    "sid": StudentLoss(lambda config: partial(sid_loss, alpha=config.alpha),
+                       sigma_sid, sigma_lognormal),
+    "none": StudentLoss(lambda config: None, sigma_dm, sigma_grid)}     # the extra terms alone
+
+
+class Dataset(NamedTuple):
+    """What a name given to --dataset stands for."""
+    network: dict               # architecture of its teacher
+    teacher: str                # published name, or file of this repository
+    reference: str              # of its FID, likewise
+    unconditional: str = ""     # its published teacher without classes
+    data: str = ""              # its real images, where they need no --data
+    student: str = ""           # a file of this repository
+    class_names: tuple = ()
+    hint: str = ""              # part of its published files' names
+
+
+DATASETS = {
+    "digits": Dataset(
+        dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
+             model_channels=16, channel_mult=[1, 2], channel_mult_emb=2, num_blocks=1,
+             attn_resolutions=[], dropout=0.0),
+        "assets/digits-teacher.pt", "assets/digits-reference.npz", data="digits",
+        student="assets/digits-student.pt", class_names=tuple("0123456789"), hint="digits"),
+    "cifar10": Dataset(
+        dict(img_resolution=32, img_channels=3, label_dim=10, model_type="SongUNet",
+             augment_dim=9, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13),
+        "edm-cifar10-32x32-cond-vp", "fid-cifar10-32x32", "edm-cifar10-32x32-uncond-vp",
+        data="cifar10", class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
+                                     "horse", "ship", "truck"), hint="cifar10"),
+    "imagenet64": Dataset(
+        dict(img_resolution=64, img_channels=3, label_dim=1000, model_type="DhariwalUNet",
+             dropout=0.10),
+        "edm-imagenet-64x64-cond-adm", "fid-imagenet-64x64", hint="imagenet"),
+    "ffhq64": Dataset(
+        dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet", augment_dim=9,
+             model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.05),
+        "edm-ffhq-64x64-uncond-vp", "fid-ffhq-64x64", hint="ffhq"),
+    "afhqv2-64": Dataset(
+        dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet", augment_dim=9,
+             model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.25),
+        "edm-afhqv2-64x64-uncond-vp", "fid-afhqv2-64x64", hint="afhqv2")}
+DIGITS, CIFAR10, IMAGENET64 = (DATASETS[name] for name in ("digits", "cifar10", "imagenet64"))
 
 
 def sigmas_at(*fractions):
     """The noise levels of a schedule given as fractions of the 1000-level grid (Deviation 3)."""
-    return tuple(SIGMA_MAX if f == 1 else karras(f) for f in fractions)
+    return tuple(KARRAS.at(fraction) for fraction in fractions)
 
 
 PMDD_SIGMAS = sigmas_at(1, 0.5, 0.25)           # 80, 2.515, 0.170
@@ -29,7 +87,7 @@ def option(default, text, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes; each field is a flag of train.py."""
-    dataset: str = option("digits", "what is distilled", ("digits", "cifar10", "imagenet64"))
+    dataset: str = option("digits", "what is distilled", tuple(DATASETS))
     method: str = option("pmdd", "its losses, TTUR and schedule as published",
                          ("pmdd", "dmd", "dmd2", "sid"))
     stage: int = option(1, "steps of the student; 0 trains a teacher with EDM's loss")
@@ -40,7 +98,7 @@ class Config:
     trained_step: str = option("last", "step that an iteration trains: the last (PMDD), or one "
                                        "drawn at random (DMD2 with several)", ("last", "random"))
     loss: str = option("sid", "student loss; none leaves only the extra terms",
-                       ("dm", "sid", "none"))
+                       tuple(LOSSES))
     alpha: float = option(1.2, "alpha of the sid loss")
     dm_weighting: str = option("eq8", "weight of dm's gradient: eq8 is 1 / mean |x0 - teacher|, "
                                       "the others are of DMD Table 2", ("eq8", "sigma", "sigma3"))
@@ -69,6 +127,13 @@ class Config:
     save_every: int = option(1000, "iterations between checkpoints")
     seed: int = option(0, "seed of all random draws")
 
+    @property
+    def has_previous(self):
+        """Whether a frozen student of the stage before takes part."""
+        begins = self.start_from or (self.method == "pmdd" and self.stage > 1)
+        return bool(begins and len(self.sigmas) > 1 and self.trained_step == "last"
+                    and (self.external_sampling or self.unforget_weight))
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -77,7 +142,6 @@ class Preset:
     gpus: str                   # what the authors ran it on
     paper_fid: float | None     # what they report; None where they report none
     hours: str = "-"            # how long it took them, where they say
-    network: dict | None = None  # architecture of a teacher that is trained here (stage 0)
 
     @property
     def images(self):
@@ -85,24 +149,11 @@ class Preset:
         return self.config.iterations * self.config.batch
 
 
-# ---- Teachers ----
-DIGITS_NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
-                      model_channels=16, channel_mult=[1, 2], channel_mult_emb=2, num_blocks=1,
-                      attn_resolutions=[], dropout=0.0)
-CIFAR10_NETWORK = dict(img_resolution=32, img_channels=3, label_dim=10, model_type="SongUNet",
-                       augment_dim=9, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)
-IMAGENET64_NETWORK = dict(img_resolution=64, img_channels=3, label_dim=1000,
-                          model_type="DhariwalUNet", dropout=0.10)
-NETWORKS = {"digits": DIGITS_NETWORK, "cifar10": CIFAR10_NETWORK, "imagenet64": IMAGENET64_NETWORK}
-TEACHERS = {"digits": "assets/digits-teacher.pt", "cifar10": "edm-cifar10-32x32-cond-vp",
-            "imagenet64": "edm-imagenet-64x64-cond-adm"}
-UNCONDITIONAL = "edm-cifar10-32x32-uncond-vp"
-
 # ---- PMDD, App. A.1 and A.2 ----
-CIFAR10 = Config(dataset="cifar10", teacher=TEACHERS["cifar10"], iterations=200_000, batch=256,
-                 learning_rate=1e-5)
-IMAGENET64 = Config(dataset="imagenet64", teacher=TEACHERS["imagenet64"], iterations=400_000,
-                    batch=72, learning_rate=2e-6)
+CIFAR10_ROW = Config(dataset="cifar10", teacher=CIFAR10.teacher, iterations=200_000, batch=256,
+                     learning_rate=1e-5)
+IMAGENET64_ROW = Config(dataset="imagenet64", teacher=IMAGENET64.teacher, iterations=400_000,
+                        batch=72, learning_rate=2e-6)
 
 
 def schedule(dataset):
@@ -116,49 +167,49 @@ def later(base, stage, **changes):
 
 # ---- DMD, App. B.1 and B.2; DMD2, App. F.2; SiD ----
 DMD = dict(method="dmd", loss="dm", ttur=1, regression_weight=0.25)
-DMD_CIFAR10 = replace(CIFAR10, **DMD, iterations=300_000, batch=392, learning_rate=5e-5,
+DMD_CIFAR10 = replace(CIFAR10_ROW, **DMD, iterations=300_000, batch=392, learning_rate=5e-5,
                       regression_pairs=100_000)
 DMD2 = dict(method="dmd2", loss="dm", gan_weight=3e-3)
-DMD2_IMAGENET64 = replace(IMAGENET64, **DMD2, iterations=200_000, batch=280)
+DMD2_IMAGENET64 = replace(IMAGENET64_ROW, **DMD2, iterations=200_000, batch=280)
 SID = dict(method="sid", sigmas=(2.5,), ttur=1, betas=(0.0, 0.999), weight_decay=0.0, clip=0.0)
 
 # EDM Table 7, for stage 0.
 TEACHER = dict(stage=0, teacher="", sigmas=(), final_rate=1.0, weight_decay=0.0, clip=0.0)
 
 # ---- Digits: ours, chosen so that minutes on two CPU cores are enough ----
-DIGITS = Config(teacher=TEACHERS["digits"], iterations=4000, batch=128, ttur=2, learning_rate=4e-4,
-                final_rate=0.05, ema_halflife=16_000, evaluate_every=500, evaluate_images=5_000,
-                save_every=250)
+DIGITS_ROW = Config(teacher=DIGITS.teacher, iterations=4000, batch=128, ttur=2, learning_rate=4e-4,
+                    final_rate=0.05, ema_halflife=16_000, evaluate_every=500,
+                    evaluate_images=5_000, save_every=250)
 
 OURS, CPU = "ours, for the embedded digits", "2 CPU cores"
 A100 = "4 A100"
 
 # (dataset, method, stage, variant) -> row. The variant is --variant, "" without it.
 PRESETS = {
-    ("cifar10", "pmdd", 1, ""): Preset(CIFAR10, "PMDD A.1, Table 5", A100, 2.52),
+    ("cifar10", "pmdd", 1, ""): Preset(CIFAR10_ROW, "PMDD A.1, Table 5", A100, 2.52),
     ("cifar10", "pmdd", 2, ""): Preset(
-        later(CIFAR10, 2, learning_rate=5e-6, iterations=35_000, unforget_weight=1.0,
+        later(CIFAR10_ROW, 2, learning_rate=5e-6, iterations=35_000, unforget_weight=1.0,
               ema_halflife=200_000),
         "PMDD A.1, Table 5 (Table 4: 2.21)", A100, 2.19),
     ("cifar10", "pmdd", 3, ""): Preset(
-        later(CIFAR10, 3, learning_rate=8e-7, iterations=65_000, unforget_weight=1.0),
+        later(CIFAR10_ROW, 3, learning_rate=8e-7, iterations=65_000, unforget_weight=1.0),
         "PMDD A.1, Table 5", A100, 2.48),
-    ("imagenet64", "pmdd", 1, ""): Preset(IMAGENET64, "PMDD A.2, Table 5", A100, 2.60),
+    ("imagenet64", "pmdd", 1, ""): Preset(IMAGENET64_ROW, "PMDD A.2, Table 5", A100, 2.60),
     ("imagenet64", "pmdd", 2, ""): Preset(
-        later(IMAGENET64, 2, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3,
+        later(IMAGENET64_ROW, 2, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3,
               ema_halflife=50_000),
         "PMDD A.2, Table 5 (Table 4: 1.99)", A100, 1.95, "about 24"),
     ("imagenet64", "pmdd", 3, ""): Preset(
-        later(IMAGENET64, 3, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3,
+        later(IMAGENET64_ROW, 3, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3,
               ema_halflife=50_000),
         "PMDD A.2, Table 5", A100, 2.14, "about 24"),
 
     ("cifar10", "dmd", 1, ""): Preset(DMD_CIFAR10, "DMD B.1, Table 6", "7 GPUs", 2.66),
     ("cifar10", "dmd", 1, "unconditional"): Preset(
-        replace(DMD_CIFAR10, teacher=UNCONDITIONAL, regression_weight=0.5,
+        replace(DMD_CIFAR10, teacher=CIFAR10.unconditional, regression_weight=0.5,
                 regression_pairs=500_000), "DMD B.1, Table 6", "7 GPUs", 3.77),
     ("imagenet64", "dmd", 1, ""): Preset(
-        replace(IMAGENET64, **DMD, iterations=350_000, batch=336, regression_pairs=25_000,
+        replace(IMAGENET64_ROW, **DMD, iterations=350_000, batch=336, regression_pairs=25_000,
                 regression_steps=256), "DMD B.2, Table 1", "7 GPUs", 2.62),
 
     ("imagenet64", "dmd2", 1, ""): Preset(DMD2_IMAGENET64, "DMD2 F.2, Table 3", "7 A100", 1.51,
@@ -172,43 +223,44 @@ PRESETS = {
         "DMD2 F.2, second part of the longer training; Table 1", "7 A100", 1.28,
         "about 120 with no-gan"),
     ("cifar10", "dmd2", 1, ""): Preset(
-        replace(CIFAR10, **DMD2), "ours: DMD2 has no CIFAR-10 row; its terms, PMDD's A.1 otherwise",
+        replace(CIFAR10_ROW, **DMD2),
+        "ours: DMD2 has no CIFAR-10 row; its terms, PMDD's A.1 otherwise",
         "none", None),
 
     ("cifar10", "sid", 1, ""): Preset(
-        replace(CIFAR10, **SID, iterations=3_125_000),
+        replace(CIFAR10_ROW, **SID, iterations=3_125_000),
         "SiD, published code's README", "4 GPUs", 1.710),
     ("cifar10", "sid", 1, "unconditional"): Preset(
-        replace(CIFAR10, **SID, iterations=1_953_125, teacher=UNCONDITIONAL),
+        replace(CIFAR10_ROW, **SID, iterations=1_953_125, teacher=CIFAR10.unconditional),
         "SiD, published code's README", "4 GPUs", 1.923),
     ("imagenet64", "sid", 1, ""): Preset(
-        replace(IMAGENET64, **SID, iterations=122_070, batch=8192, learning_rate=4e-6,
+        replace(IMAGENET64_ROW, **SID, iterations=122_070, batch=8192, learning_rate=4e-6,
                 ema_halflife=2_000_000), "SiD, published code's README", "4 GPUs", 1.524),
 
-    ("digits", "pmdd", 1, ""): Preset(DIGITS, OURS, CPU, None),
+    ("digits", "pmdd", 1, ""): Preset(DIGITS_ROW, OURS, CPU, None),
     ("digits", "pmdd", 2, ""): Preset(
-        later(DIGITS, 2, learning_rate=4e-4, iterations=5000, unforget_weight=0.3),
+        later(DIGITS_ROW, 2, learning_rate=4e-4, iterations=5000, unforget_weight=0.3),
         OURS, CPU, None),
     ("digits", "pmdd", 3, ""): Preset(
-        later(DIGITS, 3, learning_rate=2e-4, iterations=3000, unforget_weight=1.0),
+        later(DIGITS_ROW, 3, learning_rate=2e-4, iterations=3000, unforget_weight=1.0),
         OURS, CPU, None),
     ("digits", "dmd", 1, ""): Preset(
-        replace(DIGITS, **DMD, regression_pairs=2_000), OURS, CPU, None),
-    ("digits", "dmd2", 1, ""): Preset(replace(DIGITS, **DMD2, ttur=5), OURS, CPU, None),
-    ("digits", "sid", 1, ""): Preset(replace(DIGITS, **SID), OURS, CPU, None),
+        replace(DIGITS_ROW, **DMD, regression_pairs=2_000), OURS, CPU, None),
+    ("digits", "dmd2", 1, ""): Preset(replace(DIGITS_ROW, **DMD2, ttur=5), OURS, CPU, None),
+    ("digits", "sid", 1, ""): Preset(replace(DIGITS_ROW, **SID), OURS, CPU, None),
 
     ("digits", "pmdd", 0, ""): Preset(
-        replace(DIGITS, **TEACHER, iterations=2_000, batch=256, learning_rate=1e-3,
+        replace(DIGITS_ROW, **TEACHER, iterations=2_000, batch=256, learning_rate=1e-3,
                 ema_halflife=15_000, evaluate_every=1_000),
-        OURS, CPU, None, network=DIGITS_NETWORK),
+        OURS, CPU, None),
     ("cifar10", "pmdd", 0, ""): Preset(
-        replace(CIFAR10, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
+        replace(CIFAR10_ROW, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
                 evaluate_every=10_000),
-        "EDM Table 7, without augmentation and ramp-up", "8 V100", None, network=CIFAR10_NETWORK),
+        "EDM Table 7, without augmentation and ramp-up", "8 V100", None),
     ("imagenet64", "pmdd", 0, ""): Preset(
-        replace(IMAGENET64, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
+        replace(IMAGENET64_ROW, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
                 ema_halflife=50_000_000, evaluate_every=10_000),
-        "EDM Table 7, without ramp-up", "32 A100", None, network=IMAGENET64_NETWORK),
+        "EDM Table 7, without ramp-up", "32 A100", None),
 }
 
 

@@ -11,21 +11,24 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from base import distributed
+from base.distributed import gathered, say
 from base.errors import UserError, run
-from images.sets import write_folder, write_npz, write_zip
-from models import first_sigmas, sample_every_step, sample_heun, sample_student
-from weights.opening import (LARGEST_NUMBER, Parser, check_sigmas, gathered, open_student,
-                             open_teacher, prepare, sample_block, say, seed_blocks, steps_text)
+from base.progress import progress
+from images.from_seeds import every_step, heun, prepare, sample_block, seed_blocks
 from images.pictures import grid, save_png
+from images.sets import write_folder, write_npz, write_zip
+from metrics.judge import HEUN_STEPS
+from models import sample_student
+from presets import DATASETS
+from weights.opening import (LARGEST_NUMBER, Opened, Parser, check_sigmas, churn_options,
+                             open_student, open_teacher, steps_text)
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-                   "truck")
 
 
 # ---- Command line ----
@@ -73,6 +76,7 @@ def check(args):
     if args.steps and (args.teacher or args.heun):
         raise UserError("--steps is for a student; a teacher takes --heun")
     check_sigmas(args.sigmas)
+    churn_options(args.churn)
     args.columns, rows = parse_grid(args.grid)
     args.all_seeds = parse_seeds(args.seeds) if args.seeds else range(
         args.n or (args.columns * rows if rows else 10 if args.compare else 100))
@@ -142,54 +146,47 @@ def check_out(path, kind, force):
 
 # ---- Networks and what is drawn from them ----
 
+class Row(NamedTuple):
+    """A network, its sampler, and what each of the images is that this returns."""
+    opened: Opened
+    sampler: Callable
+    texts: list
+
+
 def open_rows(args):
-    """[(network opened, its sampler, labels of the images it returns)]: one, or two to compare."""
+    """One row, or to compare two: a teacher and a student."""
     if (args.teacher or args.heun) and not args.compare:
-        return [heun_row(open_teacher(args), args.heun)]
+        return [heun_row(open_teacher(args), args)]
     student = open_student(args, args.steps)
     if not student.sigmas:
         if args.steps or args.compare:
             flag = "--compare" if args.compare else "--steps"
             raise UserError(f"{student.name} is a teacher, not a student; leave out {flag}")
-        return [heun_row(student, args.heun)]
+        return [heun_row(student, args)]
     if not args.compare:
-        sigmas = known_steps(student, args.steps or len(student.sigmas))
-        return [(student, partial(last_only, sigmas=sigmas), [steps_text(len(sigmas))])]
+        sigmas = student.first_sigmas(args.steps or len(student.sigmas))
+        return [Row(student, lambda *inputs: [sample_student(*inputs, sigmas=sigmas)],
+                    [steps_text(len(sigmas))])]
     teacher = open_teacher(args, student)
-    shapes = {(r.network.image_shape, r.network.label_dim) for r in (teacher, student)}
-    if len(shapes) > 1:
+    if len({(one.network.shape, one.network.conditions.count) for one in (teacher, student)}) > 1:
         raise UserError(f"--compare: {teacher.name} and {student.name} make images of different "
                         "shapes or classes")
-    steps = [steps_text(n + 1) for n in range(len(student.sigmas))]
-    return [heun_row(teacher, args.heun),
-            (student, partial(sample_every_step, sigmas=student.sigmas), steps)]
+    texts = [steps_text(n + 1) for n in range(len(student.sigmas))]
+    return [heun_row(teacher, args), Row(student, every_step(student.sigmas), texts)]
 
 
-def known_steps(student, steps):
-    try:
-        return first_sigmas(student.sigmas, steps)
-    except ValueError as error:
-        raise UserError(f"--steps {steps}: {student.name}: {error}") from None
-
-
-def heun_row(opened, steps):
-    steps = steps or 18
-
-    def sampler(*inputs):
-        return [sample_heun(*inputs, steps=steps)]
-
-    return opened, sampler, [f"teacher, {2 * steps - 1} evaluation{'s' * (steps > 1)}"]
-
-
-def last_only(*inputs, sigmas):
-    return [sample_student(*inputs, sigmas=sigmas)]
+def heun_row(opened, args):
+    steps = args.heun or HEUN_STEPS
+    return Row(opened, heun(steps, **churn_options(args.churn)),
+               [f"teacher, {2 * steps - 1} evaluation{'s' * (steps > 1)}"])
 
 
 def draw_block(seeds, rows, labels, device, precision):
     """One block of seeds through every row, as numpy, so that ranks can pass it on."""
     images = []
-    for opened, sampler, _ in rows:
-        drawn, classes = sample_block(opened.network, seeds, sampler, labels, device, precision)
+    for row in rows:
+        drawn, classes = sample_block(row.opened.network, seeds, row.sampler, labels, device,
+                                      precision)
         images += [x.cpu().numpy() for x in drawn]
     return seeds, images, None if classes is None else classes.cpu().numpy()
 
@@ -201,33 +198,38 @@ def write_picture(path, blocks, args, rows, labels):
     variants = [np.concatenate(parts) for parts in zip(*(images for _, images, _ in everything))]
     columns, row_labels, classes = args.columns, (), everything[0][2]
     if args.compare:
-        columns, row_labels = len(args.all_seeds), [text for row in rows for text in row[2]]
+        columns, row_labels = len(args.all_seeds), [text for row in rows for text in row.texts]
     elif labels == "balanced" and not args.grid:            # a row for each class
         classes = np.concatenate([classes for _, _, classes in everything])
         order, counts = np.argsort(classes, kind="stable"), np.unique(classes, return_counts=True)
         if len(set(counts[1])) == 1:
             variants, columns = [variants[0][order]], counts[1][0]
-            names = CIFAR10_CLASSES if rows[0][0].dataset == "cifar10" else range(classes.max() + 1)
-            row_labels = [str(names[c]) for c in counts[0]]
+            row_labels = [class_name(rows[0].opened.dataset, c) for c in counts[0]]
     save_png(grid(np.concatenate(variants), columns, row_labels=row_labels), path)
+
+
+def class_name(dataset, number):
+    names = DATASETS[dataset].class_names if dataset else ()
+    return names[number] if number < len(names) else str(number)
 
 
 def choose_labels(args, network):
     """ "random", "balanced", or one class."""
-    if network.label_dim == 0:
+    classes = network.conditions.count
+    if classes == 0:
         if args.label is not None or args.labels == "balanced":
             raise UserError("--class and --labels: this network has no classes")
         return "random"
     if args.label is not None:
-        if not 0 <= args.label < network.label_dim:
-            raise UserError(f"--class {args.label}: allowed: 0 to {network.label_dim - 1}")
+        if not 0 <= args.label < classes:
+            raise UserError(f"--class {args.label}: allowed: 0 to {classes - 1}")
         return args.label
-    by_class = args.kind == "png" and network.label_dim <= 20
+    by_class = args.kind == "png" and classes <= 20
     return args.labels or ("balanced" if by_class else "random")
 
 
 def write(path, blocks, args, rows, labels):
-    network = rows[0][0].network
+    network = rows[0].opened.network
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.kind == "png":
         write_picture(path, blocks, args, rows, labels)
@@ -235,7 +237,7 @@ def write(path, blocks, args, rows, labels):
         for _ in blocks:                                    # its share of the work, for rank 0
             pass
     elif args.kind == "npz":
-        write_npz(path, blocks, len(args.all_seeds), network.image_shape)
+        write_npz(path, blocks, len(args.all_seeds), network.shape)
     else:
         {"zip": write_zip, "folder": write_folder}[args.kind](path, blocks)
 
@@ -249,17 +251,17 @@ def main():
     args = parse()
     device = distributed.start(args.device)
     rows = open_rows(args)
-    network = rows[0][0].network
+    network = rows[0].opened.network
     labels = choose_labels(args, network)
-    for opened, _, _ in rows:
-        prepare(opened.network, device, args.precision, args.compile)
-    texts = [text for row in rows for text in row[2]]
-    path = Path(args.out or default_path(rows[-1][0], texts, args.compare))
+    for row in rows:
+        prepare(row.opened.network, device, args.precision, args.compile)
+    texts = [text for row in rows for text in row.texts]
+    path = Path(args.out or default_path(rows[-1].opened, texts, args.compare))
 
     start, count = time.monotonic(), len(args.all_seeds)
     draw = partial(draw_block, rows=rows, labels=labels, device=device, precision=args.precision)
     blocks = gathered(draw, seed_blocks(args.all_seeds, network, device), device)
-    with tqdm(total=count, unit="image", delay=1, disable=distributed.rank() > 0) as bar:
+    with progress(total=count, unit="image", delay=1) as bar:
         def counted():
             for block in blocks:
                 yield block

@@ -1,7 +1,6 @@
 """What processes and threads do together; with one process every function on ranks is a no-op."""
 
 import contextlib
-import ctypes
 import datetime
 import inspect
 import os
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from base.devices import keep_freed_memory
 from base.errors import UserError
 
 
@@ -48,17 +48,6 @@ def processes():
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
-def keep_freed_memory():
-    """glibc gives freed memory back to the system, and each iteration takes it anew, page by page.
-
-    Its two limits are set as high as it lets them; other C libraries have no such call.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
-        mallopt(mmap_threshold, 32 * 2 ** 20)
-        mallopt(trim_threshold, 2 ** 31 - 1)
-
-
 def meeting_place():
     """Where the processes find each other, if it has to be said.
 
@@ -85,6 +74,11 @@ def rank():
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def barrier():
@@ -146,3 +140,24 @@ def in_parallel(task, blocks, device):
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(workers)      # the workers' 1 has become the default of new threads
+
+
+def from_rank_zero(load):
+    """load() on rank 0 first, so that one process downloads and the others find the file."""
+    for turn in (rank() == 0, rank() > 0):
+        if turn:
+            result = load()
+        barrier()
+    return result
+
+
+def gathered(task, blocks, device):
+    """The results of all blocks, shared over the ranks, in order on rank 0."""
+    mine = in_parallel(task, blocks[rank()::world_size()], device)
+    if world_size() == 1:
+        yield from mine
+        return
+    for _ in range(0, len(blocks), world_size()):
+        parts = [None] * world_size() if rank() == 0 else None
+        dist.gather_object(next(mine, None), parts)
+        yield from (part for part in parts or [] if part is not None)

@@ -14,8 +14,8 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from weights.checkpoint import file_digest, write_atomically
 from base.errors import RunFailed, UserError
+from base.files import file_digest, write_atomically
 
 TIMEOUT = 20.0                # seconds without a connection or without data
 

@@ -20,11 +20,10 @@ import numpy as np
 import scipy
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from base.errors import UserError, run  # noqa: E402
-from fid import frechet_distance  # noqa: E402
-from metrics.inception import Inception  # noqa: E402
+from base.errors import UserError, run
+from base.files import ROOT
+from fid import frechet_distance
+from metrics.inception import Inception
 
 THREADS, BATCH, BATCHES, ROUNDS, DIMENSIONS = 2, 32, 2, 5, 2048
 

@@ -8,21 +8,17 @@ is least where more training would only learn the 1,500 by heart.
 
 import copy
 import json
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from images import real  # noqa: E402
-from edm_networks import EDMPrecond  # noqa: E402
-from losses import edm_loss  # noqa: E402
-from models import from_uint8, sigma_lognormal, update_ema  # noqa: E402
-from presets import DIGITS_NETWORK, find  # noqa: E402
+from base.files import ROOT
+from edm_networks import EDMPrecond
+from images import real
+from losses import edm_loss
+from models import from_uint8, sigma_lognormal, update_ema
+from presets import DIGITS, find
 
 ITERATIONS, HELD_OUT, DRAWS = 3000, 297, 8
 
@@ -34,7 +30,7 @@ def main():
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(7))
     unseen, seen = order[:HELD_OUT], order[HELD_OUT:]
     torch.manual_seed(0)
-    network, rng = EDMPrecond(**DIGITS_NETWORK), torch.Generator().manual_seed(1)
+    network, rng = EDMPrecond(**DIGITS.network), torch.Generator().manual_seed(1)
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=0,
                                   fused=True)
@@ -60,7 +56,7 @@ def main():
             curve.append({"iterations": step, "unseen": mean_loss(unseen),
                           "seen": mean_loss(seen[:HELD_OUT])})
     record = {"command": "OMP_NUM_THREADS=1 python -m experiments.measure_heldout",
-              "torch": torch.__version__, "network": DIGITS_NETWORK, "curve": curve}
+              "torch": torch.__version__, "network": DIGITS.network, "curve": curve}
     (ROOT / "results" / "heldout.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

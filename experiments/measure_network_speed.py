@@ -7,19 +7,15 @@ Batch 8 on 2 threads, both in one process, in turn; medians, and the ratio ours 
 
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from edm_networks import Conv2d, EDMPrecond  # noqa: E402
-from presets import CIFAR10_NETWORK  # noqa: E402
+from base.files import ROOT
+from edm_networks import Conv2d, EDMPrecond
+from presets import CIFAR10_NETWORK
 
 BATCH, ROUNDS, THREADS = 8, 7, 2
 

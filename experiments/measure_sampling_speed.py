@@ -13,14 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from weights import checkpoint  # noqa: E402
+from base.files import ROOT
+from weights import checkpoint
 
 BATCH, ROUNDS = 64, 15
 

@@ -19,14 +19,13 @@ from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from training import cost  # noqa: E402
-from weights.checkpoint import write_atomically  # noqa: E402
-from edm_networks import EDMPrecond  # noqa: E402
-from metrics.inception import Inception  # noqa: E402
-from presets import NETWORKS, find  # noqa: E402
+from base.files import ROOT
+from edm_networks import EDMPrecond
+from metrics.inception import Inception
+from presets import DATASETS, find
+from train import iteration
+from training import cost
+from weights.checkpoint import write_atomically
 
 BATCHES, WIDTHS, STAGES = (8, 16, 32, 64, 128, 256, 512), (8, 16, 32, 64, 96), (1, 2, 3)
 PROCESSES = (1, 2)
@@ -51,7 +50,8 @@ def bench(*flags, processes=1, threads=1):
                                 f"--nproc_per_node={processes}"] * (processes > 1)
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([*start, "-m", "experiments.bench", "--what", "train",
-                        "--iterations", "4", "--repeats", "3", "--json", f"{folder}/out.json", *map(str, flags)], cwd=ROOT,
+                        "--iterations", "4", "--repeats", "3", "--json", f"{folder}/out.json",
+                        *map(str, flags)], cwd=ROOT,
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                        env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         training = json.loads(Path(f"{folder}/out.json").read_text())["runs"][0]["training"]
@@ -83,14 +83,16 @@ def computed():
     """Hours of the presets on N GPUs: arithmetic and all-reduce, the slower; and evaluations."""
     rows, features = [], inception_flops()
     for dataset in ("cifar10", "imagenet64"):
+        network = DATASETS[dataset].network
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in EDMPrecond(**NETWORKS[dataset]).parameters())
+            parameters = sum(p.numel() for p in EDMPrecond(**network).parameters())
         for stage in STAGES:
             config = find(dataset, "pmdd", stage).config
-            flops = cost.iteration_flops(config, NETWORKS[dataset])
+            counted = cost.count(iteration, config, network)
+            flops = config.batch * counted.flops / config.iterations
             exchanged = 4 * parameters * (1 + 1 / config.ttur)
-            scored = cost.passes(config)["images forward through a network to score"]
-            forward = cost.flops(NETWORKS[dataset], cost.Pass("student"))
+            scored = cost.totals(config, counted)["images forward through a network to score"]
+            forward = cost.forward_flops(network)
             scoring = scored / 1e12 / ASSUMED["utilisation"] * (
                 forward / ASSUMED["peak_teraflops_tf32"]
                 + features / ASSUMED["peak_teraflops_fp32"])

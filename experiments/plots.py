@@ -1,18 +1,17 @@
 """Pictures of recorded runs for the README; the curves need matplotlib."""
 
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from experiments import tables
 from base.errors import UserError
-from metrics.evaluations import records_under
+from base.files import ROOT
+from experiments.digits_tables import brightness as brightness_of, fid_over_training
 from images.pictures import add_row_labels, draw_curves, save_png
+from metrics.evaluations import records_under
 from training.run_folder import read_metrics
 
-HERE = Path(__file__).resolve().parents[1]
-RESULTS = HERE / "results"
+RESULTS = ROOT / "results"
 
 
 def draw_all():
@@ -27,7 +26,7 @@ def draw_all():
     for stage in ("stage1", "stage2", "stage3"):        # of the embedded student
         folder = RESULTS / "embedded" / stage
         draw_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves.png")
-    runs = HERE / "runs" / "embedded"                   # of `make assets`
+    runs = ROOT / "runs" / "embedded"                   # of `make assets`
     if any(runs.glob("stage[1-9]/samples/*.png")):
         progress(runs, RESULTS / "progress.png")
     else:
@@ -39,8 +38,8 @@ def brightness():
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     for ttur, name in ((1, "dmd-no-regression"), (5, "dmd2-no-gan"), (10, "dm-ttur-10")):
-        axes[0].plot(*tables.brightness(name, 0), label=f"TTUR {ttur}", linewidth=1)
-        axes[1].plot(*tables.fid_over_training(name, 0), label=f"TTUR {ttur}", marker=".")
+        axes[0].plot(*brightness_of(name, 0), label=f"TTUR {ttur}", linewidth=1)
+        axes[1].plot(*fid_over_training(name, 0), label=f"TTUR {ttur}", marker=".")
     axes[0].set(xlabel="iterations", ylabel="brightness of a batch")
     axes[1].set(xlabel="iterations", ylabel="digits-FID, 2,000 images", yscale="log")
     save(figure, axes, "brightness.png")

@@ -6,27 +6,25 @@
 import ast
 import json
 import re
-from pathlib import Path
 from statistics import median
 
-from experiments import tables
-from weights.checkpoint import write_atomically
 from base.errors import Parser, UserError, run
+from base.files import ROOT, write_atomically
+from experiments import digits_tables as tables
+from experiments.digits_tables import markdown
 from metrics.evaluations import records_under, table
 from presets import PRESETS
-from experiments.tables import markdown
 
-HERE = Path(__file__).resolve().parents[1]
-README = HERE / "README.md"
+README = ROOT / "README.md"
 ROOMS = ("", "base", "weights", "images", "metrics", "training", "experiments")
 
 
 def headline():
-    return table(records_under([HERE / "results" / "embedded"]))
+    return table(records_under([ROOT / "results" / "embedded"]))
 
 
 def unforget():
-    return table(records_under([HERE / "results" / "unforget"]))
+    return table(records_under([ROOT / "results" / "unforget"]))
 
 
 def presets():
@@ -56,14 +54,14 @@ def heldout():
 def files():
     """Every script with the first line of what it says of itself."""
     rows = []
-    for path in [path for room in ROOMS for path in sorted((HERE / room).glob("*.py"))]:
+    for path in [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]:
         line = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
-        rows.append(f"| `{path.relative_to(HERE)}` | {line} |")
+        rows.append(f"| `{path.relative_to(ROOT)}` | {line} |")
     return "\n".join(["| file | |", "|---|---|", *rows])
 
 
 def result(name):
-    return json.loads((HERE / "results" / name).read_text())
+    return json.loads((ROOT / "results" / name).read_text())
 
 
 def speed():
@@ -104,7 +102,7 @@ def number(value):
 
 def benchmarks():
     """Every run of every bench.py record, by dataset, stage and loss."""
-    records = [json.loads(path.read_text()) for path in (HERE / "results").glob("bench-*.json")]
+    records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("bench-*.json")]
     runs = [one | {"threads": record["threads"], "device": record["device"]}
             for record in records for one in record.get("runs", ())]
     return sorted(runs, key=lambda one: (one["dataset"] != "digits", one["threads"], one["stage"],

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from weights.checkpoint import write_atomically
+from base.files import write_atomically
 
 
 def grid(images, columns, scale=None, gap=1, row_labels=(), background=255):

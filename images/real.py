@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from weights.checkpoint import write_arrays
-from metrics.digits_classifier import load_digits
-from base.errors import Parser, UserError, run
 from base.download import fetch
+from base.errors import UserError
+from base.files import ASSETS
 
-DIGITS = Path(__file__).resolve().parents[1] / "assets" / "digits.npz"
+DIGITS = ASSETS / "digits.npz"
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 CIFAR10_SHAPE, CIFAR10_RECORD = (3, 32, 32), 1 + 3 * 32 * 32
 LARGEST_FILE, LARGEST_IMAGE = 1 << 28, 1 << 24      # bytes, pixels: what is above is a bomb
@@ -27,9 +26,9 @@ LARGEST_FILE, LARGEST_IMAGE = 1 << 28, 1 << 24      # bytes, pixels: what is abo
 class Images:
     """uint8 images [C,H,W] with classes; `read(index)` gives one image of a folder or zip."""
 
-    def __init__(self, name, shape, labels, read, label_dim):
+    def __init__(self, name, shape, labels, read, classes):
         self.name, self.shape, self.labels, self.read = name, shape, labels, read
-        self.label_dim = label_dim
+        self.classes = classes              # how many; 0: none
 
     def __len__(self):
         return len(self.labels)
@@ -55,6 +54,13 @@ def open_images(source, cache=None):
     if path.is_dir():
         return folder_or_zip(path)
     return folder_or_zip(path) if zipfile.is_zipfile(path) else cifar10(path)
+
+
+def load_digits(path=DIGITS):
+    """uint8 images [1797,1,8,8] in 0..255 and int64 labels [1797]."""
+    with np.load(path, allow_pickle=False) as file:
+        grey = np.round(file["images"] * (255 / 16)).astype(np.uint8)  # published in 0..16
+        return torch.from_numpy(grey)[:, None], torch.from_numpy(file["labels"].astype(np.int64))
 
 
 def digits():
@@ -109,7 +115,7 @@ def folder_or_zip(path):
     if not names:
         raise UserError(f"no images in {path}; wanted: {', '.join(IMAGE_FILES)}")
     labels = read_labels(path, names, read_bytes) if has_labels else None
-    label_dim = 0 if labels is None else int(labels.max()) + 1
+    classes = 0 if labels is None else int(labels.max()) + 1
     first = decode(path, names[0], read_bytes)
 
     def read(index):
@@ -120,7 +126,7 @@ def folder_or_zip(path):
         return image
 
     labels = np.zeros(len(names), np.int64) if labels is None else labels
-    return Images(str(path), first.shape, labels, read, label_dim)
+    return Images(str(path), first.shape, labels, read, classes)
 
 
 def is_image(name):
@@ -184,32 +190,12 @@ def read_labels(path, names, read_bytes):
 
 def check_fits(images, network):
     """The images must be what the network makes."""
-    if images.shape != network.image_shape:
+    if images.shape != network.shape:
         raise UserError(f"{images.name} has images of shape {list(images.shape)}, the teacher "
-                        f"makes {list(network.image_shape)}")
-    if network.label_dim and images.label_dim > network.label_dim:
-        raise UserError(f"{images.name} has class {images.label_dim - 1}, out of range: the "
-                        f"teacher knows 0 to {network.label_dim - 1}")
-    if network.label_dim and not images.label_dim:
+                        f"makes {list(network.shape)}")
+    known = network.conditions.count
+    if known and images.classes > known:
+        raise UserError(f"{images.name} has class {images.classes - 1}, out of range: the teacher "
+                        f"knows 0 to {known - 1}")
+    if known and not images.classes:
         raise UserError(f"{images.name} has no classes (dataset.json), the teacher needs them")
-
-
-def make_digits(path=DIGITS):
-    """The embedded digits from scikit-learn's copy of the published file (an extra, only here)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("making assets/digits.npz needs scikit-learn: "
-                        "pip install scikit-learn") from None
-    published = load_digits()
-    write_arrays(path, images=published.images.astype(np.uint8),
-              labels=published.target.astype(np.uint8))
-
-
-def main():
-    Parser(prog="data.py", description="Make assets/digits.npz anew.").parse_args()
-    make_digits()
-
-
-if __name__ == "__main__":
-    run(main)

@@ -12,9 +12,9 @@ import zipfile
 import numpy as np
 from PIL import Image
 
-from weights.checkpoint import sync_folder, write_atomically
-from images.real import Images
 from base.errors import RunFailed, UserError
+from base.files import sync_folder, write_atomically
+from images.real import Images
 
 
 def png(image):
@@ -104,7 +104,7 @@ def open_npz(path):
     if classes is not None and (classes.shape != pixels.shape[:1] or classes.dtype.kind not in "iu"
                                 or len(classes) and classes.min() < 0):
         raise UserError(f"{path}: arr_1 is no list of {len(pixels)} classes")
-    label_dim = 0 if classes is None or not len(classes) else int(classes.max()) + 1
+    count = 0 if classes is None or not len(classes) else int(classes.max()) + 1
     labels = np.zeros(len(pixels), np.int64) if classes is None else classes.astype(np.int64)
     pixels = pixels.transpose(0, 3, 1, 2)
-    return Images(str(path), pixels.shape[1:], labels, pixels.__getitem__, label_dim)
+    return Images(str(path), pixels.shape[1:], labels, pixels.__getitem__, count)

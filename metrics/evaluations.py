@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from weights.checkpoint import write_atomically
 from base.errors import UserError
+from base.files import write_atomically
 
 COLUMNS = {"digits-FID": "{:.3f}", "FID": "{:.3f}", "right_class": "{:.2%}",
            "inception_score": "{:.3f}", "precision": "{:.4f}", "recall": "{:.4f}"}

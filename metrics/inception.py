@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from weights.checkpoint import file_digest
 from base.distributed import in_parallel
 from base.download import fetch
 from base.errors import UserError
+from base.files import file_digest
 
 # The convolutions of a block by their published names: (channels, kernel) or (channels, kernel,
 # stride). One without a number, or with number 1, reads the block's input; any other reads the one
@@ -114,6 +114,7 @@ class Inception(nn.Module):
     """uint8 [B,1 or 3,H,W] of any size -> features [B,2048], logits [B,1008]."""
 
     name, dimensions, classes, sha256 = "inception-2015-12-05", 2048, 1008, None
+    metric, knows_classes = "FID", False
 
     def __init__(self):
         super().__init__()

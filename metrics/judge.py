@@ -1,36 +1,67 @@
-"""What images are held against, and the figures that come of it; memory does not grow with them."""
+"""Scores of images: FID and its companions, against a reference; memory does not grow with them."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from base import distributed
-from weights.checkpoint import file_digest
-from base.errors import UserError
-from fid import (FeatureStatistics, InceptionScore, all_reduce, feature_network, frechet_distance,
-                 precision_recall, read_reference)
-from weights.opening import ASSETS, from_rank_zero, shown
+from base.distributed import from_rank_zero
 from base.download import fetch
+from base.errors import UserError
+from base.files import ROOT, file_digest, shown
+from base.progress import progress
+from fid import (FeatureStatistics, InceptionScore, all_reduce, frechet_distance, precision_recall,
+                 read_reference)
+from images.from_seeds import every_step, heun, sample_block, seed_blocks
+from metrics.digits_classifier import load_digits_network
+from metrics.inception import load_inception
+from metrics.lpips import load_lpips
+from presets import DATASETS
 
-REFERENCES = {"cifar10": "fid-cifar10-32x32", "imagenet64": "fid-imagenet-64x64",
-              "ffhq64": "fid-ffhq-64x64", "afhqv2-64": "fid-afhqv2-64x64"}
 MANIFOLD = 10_000               # images of each kind that precision and recall hold in memory
 NEIGHBOURS = 3
+HEUN_STEPS = 18                 # of a teacher in training: 35 evaluations
+
+
+def feature_network(dataset, cache=None, device="cpu", weights=None):
+    """The network whose features score this dataset; `weights` is Inception's file, put by hand."""
+    if dataset == "digits":
+        return load_digits_network(device=device)
+    return load_inception(cache, device, weights)
+
+
+def perceptual_distance(dataset, cache, device):
+    """DMD's regression: LPIPS, or between digits the same in their classifier (Deviation 11)."""
+    if dataset == "digits":
+        return load_digits_network(device=device).perceptual_distance
+    return load_lpips(cache, device)
+
+
+def dataset_of(shape, dataset, source):
+    """The data set by whose features images are scored: 8x8 grey ones are digits."""
+    digits = tuple(shape) == (1, 8, 8)
+    if dataset == "digits" and not digits:
+        raise UserError(f"--dataset digits: {source} has images of shape {list(shape)}, digits are "
+                        "[1, 8, 8]")
+    return "digits" if digits else dataset
+
+
+def find_reference(name, cache):
+    """A file of this repository, or a published one in the cache."""
+    embedded = ROOT / name
+    return embedded if embedded.is_file() else from_rank_zero(lambda: fetch(name, cache))
 
 
 class Judge:
     """Feature network, reference statistics and real features: what all images are held against."""
 
     def __init__(self, dataset, device, *, reference=None, inception=None, cache=None):
-        self.device, self.digits, self.real = device, dataset == "digits", None
-        self.metric = "digits-FID" if self.digits else "FID"
-        if not (reference or self.digits or dataset in REFERENCES):
+        self.device, self.real = device, None
+        if not (reference or dataset in DATASETS):
             raise UserError("no reference is known for these images: give --dataset or --reference")
-        path = reference or (ASSETS / "digits-reference.npz" if self.digits else None)
-        self.path = path or from_rank_zero(lambda: fetch(REFERENCES[dataset], cache))
+        self.path = reference or find_reference(DATASETS[dataset].reference, cache)
         if not Path(self.path).is_file():
             raise UserError(f"no reference at {self.path}")
         self.network = from_rank_zero(lambda: feature_network(dataset, cache, device, inception))
@@ -46,10 +77,11 @@ class Judge:
             return self.network(images.take(block)[0].to(self.device))[0]
 
         parts = distributed.in_parallel(task, blocks, self.device)
-        self.real = torch.cat(list(progress(parts, len(blocks), "real features", "block")))
+        self.real = torch.cat(list(progress(parts, total=len(blocks), desc="real features",
+                                             unit="block")))
 
-    def figures(self, task, blocks, lists, n, bar=None):
-        """Of each image list that task(block) makes; the ranks share the blocks.
+    def scores(self, task, blocks, lists, n, bar=None):
+        """A dict for each image list that task(block) makes; the ranks share the blocks.
 
         task(block) -> (lists of images, classes or None); block holds seeds or indices in a row.
         """
@@ -64,7 +96,7 @@ class Judge:
                 tally.add(block[0] - blocks[0][0], *output, classes)
             if bar is not None:
                 bar.update(len(block) * distributed.world_size())
-        return [tally.figures() for tally in tallies]
+        return [tally.scores() for tally in tallies]
 
     def protocol(self):
         about = {"reference": {"file": shown(self.path), "sha256": file_digest(self.path)},
@@ -76,38 +108,40 @@ class Judge:
 
 
 class Tally:
-    """Running sums over the images of one figure, and features up to MANIFOLD where asked for."""
+    """Running sums over one list of n images, and features up to MANIFOLD where asked for."""
 
     def __init__(self, judge, n):
         self.judge, self.n = judge, n
         self.statistics = FeatureStatistics(judge.network.dimensions, judge.device)
         self.right = torch.zeros(2, dtype=torch.float64, device=judge.device)   # of how many
-        self.score = None if judge.digits or n < 10 else InceptionScore(n, device=judge.device)
+        self.inception_score = None
+        if n >= 10 and not judge.network.knows_classes:
+            self.inception_score = InceptionScore(n, device=judge.device)
         self.kept = []
 
     def add(self, first, features, logits, classes):
-        """One block, whose first image is number `first` of the figure."""
+        """One block, whose first image is number `first` of the list."""
         self.statistics.add(features)
-        if self.judge.digits and classes is not None:
+        if self.judge.network.knows_classes and classes is not None:
             hits = logits.argmax(1) == classes.to(logits.device)
             self.right += torch.stack([hits.sum(), torch.tensor(len(hits), device=hits.device)])
-        if self.score:
+        if self.inception_score:
             indices = torch.arange(first, first + len(logits))
-            self.score.add(indices, logits - self.judge.network.logit_bias)
+            self.inception_score.add(indices, logits - self.judge.network.logit_bias)
         if self.judge.real is not None and first < MANIFOLD:
             self.kept.append(features[:MANIFOLD - first].cpu())
 
-    def figures(self):
+    def scores(self):
         """On every rank, of the images of all ranks; precision and recall on rank 0 only."""
         self.statistics.all_reduce()
         all_reduce([self.right])
         statistics = self.statistics.mean(), self.statistics.covariance()
-        figures = {self.judge.metric: frechet_distance(*statistics, *self.judge.reference)}
+        scores = {self.judge.network.metric: frechet_distance(*statistics, *self.judge.reference)}
         if self.right[1]:
-            figures["right_class"] = (self.right[0] / self.right[1]).item()
-        if self.score:
-            self.score.all_reduce()
-            figures["inception_score"] = self.score.value()[0]
+            scores["right_class"] = (self.right[0] / self.right[1]).item()
+        if self.inception_score:
+            self.inception_score.all_reduce()
+            scores["inception_score"] = self.inception_score.value()[0]
         if self.judge.real is not None:
             kept = self.kept
             if distributed.world_size() > 1:
@@ -117,9 +151,29 @@ class Tally:
             if kept:
                 fake = torch.cat(kept).to(self.judge.device)
                 pair = precision_recall(self.judge.real, fake, NEIGHBOURS)
-                figures["precision"], figures["recall"] = pair
-        return figures
+                scores["precision"], scores["recall"] = pair
+        return scores
 
 
-def progress(items, total, text, unit="image"):
-    return tqdm(items, text, total, unit=unit, disable=distributed.rank() > 0)
+class Scorer:
+    """score(network, sigmas) -> {"1": {"digits-FID": 3.2, "right_class": 0.99}, "2": ...}."""
+
+    def __init__(self, config, options, device):
+        self.images, self.device = config.evaluate_images, device
+        if config.evaluate_every:                       # now: it may lack a file
+            self.judge = Judge(config.dataset, device, reference=options.reference,
+                               inception=options.inception, cache=options.cache)
+
+    @torch.no_grad()
+    def score(self, network, sigmas):
+        """A student at 1..n steps from one roll-out; without sigmas a teacher (key "heun")."""
+        if sigmas:
+            keys, sampler = [str(n + 1) for n in range(len(sigmas))], every_step(sigmas)
+        else:
+            keys, sampler = ["heun"], heun(HEUN_STEPS)
+
+        def task(seeds):
+            return sample_block(network, seeds, sampler, "random", self.device)
+
+        blocks = seed_blocks(range(self.images), network, self.device)
+        return dict(zip(keys, self.judge.scores(task, blocks, len(keys), self.images)))

@@ -1,12 +1,17 @@
-"""What a run will cost: updates, images, network passes, memory, FLOPs."""
+"""What a run will cost: one iteration of it, run on tensors without data, and counted."""
 
+import copy
+import dataclasses
+import itertools
 import math
 import weakref
 from collections import Counter
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -15,102 +20,173 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from edm_networks import EDMPrecond
-from losses import (denoising_loss, dm_loss, gan_adapted_loss, gan_student_loss, sid_loss,
-                    unforget_loss)
-from models import AdaptedWithHead, denoise_together, roll_out
+from images.real import Images
+from metrics.judge import HEUN_STEPS
+from presets import DATASETS
+from training.draws import Sources, cut, draw, steps_trained
+from training.noise_pairs import Pairs
+from training.roles import Roles, assemble, trainable
+
+# On a CPU, as measured: what glibc's heap leaves free between tensors, and what libraries load.
+HOLES, FIRST_USE = 0.15, 40 * 2 ** 20
+STATUS = Path("/proc/self/status")      # Linux alone has it
 
 
-# ---- Network passes: the limit of an iteration ----
+# ---- An iteration on the meta device: shapes alone, nothing is computed ----
 
 class Pass(NamedTuple):
-    """One pass that an iteration cannot do without."""
+    """One pass of a network, as an iteration makes it."""
     role: str                   # teacher, previous, student, adapted; distance: the regression's
-    batches: int = 1            # stacked in this pass
-    gradient: str = "none"      # "input": through frozen weights; "weights": into the weights
-    output: str = "denoised"    # or the discriminator's "logits"
+    batches: int                # stacked in this pass
+    gradient: str               # "none"; "input": through frozen weights; "weights": into them
+    output: str                 # "denoised", or the discriminator's "logits"
 
 
-def has_previous(config):
-    """Whether a frozen student of the stage before takes part."""
-    begins = config.start_from or (config.method == "pmdd" and config.stage > 1)
-    return bool(begins and len(config.sigmas) > 1 and config.trained_step == "last"
-                and (config.external_sampling or config.unforget_weight))
+class Unmoved:
+    """What AdamW holds of a network: two moments of each trained weight."""
+
+    def __init__(self, network, keeps_gradients=False):
+        self.param_groups = [{"params": list(network.parameters())}]
+        self.found_inf, self.keeps_gradients = torch.zeros((), device="meta"), keeps_gradients
+        self.moments = []
+
+    def step(self):
+        trained = [p for p in self.param_groups[0]["params"] if p.requires_grad]
+        self.moments = self.moments or [torch.empty_like(p) for p in trained for _ in range(2)]
+
+    def zero_grad(self, set_to_none):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = parameter.grad if self.keeps_gradients else None
 
 
-def iteration_passes(config, n, student_turn):
-    """The passes of one iteration that trains step n, for each part of its batch."""
-    if config.stage == 0:
-        return [Pass("student", gradient="weights")]
-    external = has_previous(config) and config.external_sampling
-    unforget = has_previous(config) and config.unforget_weight > 0
-    passes = [Pass("previous" if external else "student")] * (n - 1)        # the roll-out
-    if student_turn:
-        passes.append(Pass("student", n if unforget else 1, "weights"))
-        if config.loss != "none":
-            gradient = "input" if config.loss == "sid" else "none"
-            passes += [Pass("teacher", 1, gradient), Pass("adapted", 1, gradient)]
-        if unforget and not external:
-            passes.append(Pass("previous", n - 1))
-        if config.gan_weight:
-            passes.append(Pass("adapted", 1, "input", "logits"))
+class Rehearsal:
+    """A stage's networks and sources on the meta device, and the iteration that runs on them."""
+
+    def __init__(self, iterate, config, network):
+        self.iterate, self.config, self.passes = iterate, config, []
+        with torch.device("meta"):
+            teacher = EDMPrecond(**network).eval()
+            self.roles = roles = (assemble(config, teacher) if config.stage else
+                                  Roles(trainable(teacher), copy.deepcopy(teacher)))
+        roles.previous = roles.previous and copy.deepcopy(teacher)
+        roles.distance = self.distance
+        roles.student_ddp, roles.adapted_ddp = roles.student, roles.adapted
+        for name in ("teacher", "previous", "student", "adapted"):
+            if role := getattr(roles, name):
+                role.requires_grad_(name in ("student", "adapted"))
+                role.register_forward_hook(self.hook(name), with_kwargs=True)
+        roles.ema.requires_grad_(False)
+
+        # Stand-ins for files: blank images, and one pair for all.
+        shape, images, pair = teacher.shape, None, None
+        if config.gan_weight or config.stage == 0:
+            blank = np.zeros(shape, np.uint8)
+            images = Images("blank", shape, np.zeros(2 ** 20, np.int64), lambda index: blank, 1)
         if config.regression_weight:
-            passes += [Pass("student", 1, "weights"), Pass("distance", 1, "input")]
-    else:
-        passes.append(Pass("student"))
-    passes.append(Pass("adapted", 1, "weights"))
-    if config.gan_weight:
-        passes.append(Pass("adapted", 2, "weights", "logits"))
-    return passes
+            row = np.zeros(1, [("z", np.float32, shape), ("image", np.float16, shape),
+                               ("class", np.int64)])
+            pair = Pairs([np.broadcast_to(row, config.regression_pairs)], config.regression_pairs)
+        self.sources = Sources(shape, teacher.levels.to("meta"), teacher.conditions, images, pair)
+
+    def hook(self, role):
+        def record(network, inputs, options, output):
+            trained = any(p.requires_grad for p in network.parameters())
+            gradient = ("none" if not torch.is_grad_enabled() else "weights" if trained else
+                        "input" if inputs[0].requires_grad else "none")
+            self.passes.append(Pass(role, len(inputs[0]), gradient,
+                                    options.get("output", "denoised")))
+        return record
+
+    def distance(self, x, y):
+        """In place of LPIPS, whose own memory and FLOPs are not counted."""
+        self.passes.append(Pass("distance", len(x), "input", "denoised"))
+        return (x - y).square().mean((1, 2, 3))
+
+    def run(self, step, optimizers, world_size=1, batch_per_gpu=1, parts=1, autocast=nullcontext):
+        """The passes of this iteration, of a few of a rank's parts."""
+        share = SimpleNamespace(world_size=world_size, batch_per_gpu=batch_per_gpu)
+        every_part = cut(draw(self.config, step, self.sources), self.config, self.sources, share)
+        self.passes = []
+        self.iterate(self.config, self.roles, optimizers, every_part[:parts],
+                     step % self.config.ttur == 0, autocast)
+        return self.passes
+
+    def optimizers(self, keep_gradients=False):
+        return [Unmoved(network, keep_gradients) for network in (self.roles.student,
+                                                                  self.roles.adapted) if network]
 
 
-def run_passes(config):
-    """How often each pass is made in the whole run, for the whole batch."""
-    steps = [len(config.sigmas)]
-    if config.trained_step == "random":                     # each equally often
-        steps = range(1, len(config.sigmas) + 1)
-    turns = -(-config.iterations // config.ttur) if config.stage else config.iterations
-    counts = Counter()
-    for n in steps:
-        for turn, times in ((True, turns), (False, config.iterations - turns)):
-            for one in iteration_passes(config, n, turn):
-                counts[one] += times / len(steps)
-    return counts
+def one_image(config):
+    return dataclasses.replace(config, batch=1)
 
 
-def passes(config):
+class Counted(NamedTuple):
+    """Of one image, averaged over the run's iterations."""
+    passes: Counter             # Pass -> how often
+    flops: float                # what torch.utils.flop_counter knows: convolutions and products
+
+
+def kinds(config):
+    """(iteration, share of the run) for each kind: the step that is trained, whose turn it is."""
+    turns = {True: -(-config.iterations // config.ttur) if config.stage else config.iterations}
+    turns[False] = config.iterations - turns[True]
+    steps = range(1, len(config.sigmas) + 1) if config.trained_step == "random" else [
+        len(config.sigmas)]
+    for turn, n in itertools.product((True, False), steps):
+        if turns[turn]:
+            yield next(step for step in itertools.count() if steps_trained(config, step) == n and (
+                step % config.ttur == 0 or not config.stage) == turn), turns[turn] / len(steps)
+
+
+def count(iterate, config, network):
+    """The passes and FLOPs of a run for each image of its batch."""
+    rehearsal = Rehearsal(iterate, one_image(config), network)
+    passes, flops = Counter(), 0
+    for step, times in kinds(config):
+        with FlopCounterMode(display=False) as counter:
+            for one in rehearsal.run(step, rehearsal.optimizers()):
+                passes[one] += times
+        flops += times * counter.get_total_flops()
+    return Counted(passes, flops)
+
+
+def forward_flops(network):
+    """Of one image."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        built = EDMPrecond(**network).eval()
+        y = built.conditions.embed(torch.zeros(1, dtype=torch.long))
+        built(torch.empty(1, *built.shape), torch.ones(1), y)
+    return counter.get_total_flops()
+
+
+def totals(config, counted):
     """Images through a forward and through a backward pass, over the whole run."""
     scored = 0
     if config.evaluate_every:
         scored = -(-config.iterations // config.evaluate_every) * config.evaluate_images
     if config.stage == 0:
         return {"updates": config.iterations, "images seen": config.iterations * config.batch,
-                "images forward through a network to score": scored * 35}
-    counts = run_passes(config)
+                "images forward through a network to score": scored * (2 * HEUN_STEPS - 1)}
 
     def images(output, *gradients):
         return round(config.batch * sum(
-            times * one.batches for one, times in counts.items()
+            times * one.batches for one, times in counted.passes.items()
             if one.role != "distance" and one.output == output and one.gradient in gradients))
 
-    figures = {"student updates": -(-config.iterations // config.ttur),
-               "adapted updates": config.iterations,
-               "images generated": config.iterations * config.batch,
-               "images forward through a network": images("denoised", "none", "input", "weights"),
-               "images backward through a network": images("denoised", "input", "weights")}
+    found = {"student updates": -(-config.iterations // config.ttur),
+             "adapted updates": config.iterations,
+             "images generated": config.iterations * config.batch,
+             "images forward through a network": images("denoised", "none", "input", "weights"),
+             "images backward through a network": images("denoised", "input", "weights")}
     if config.gan_weight:
-        figures["images through the discriminator and back"] = images("logits", "input", "weights")
-    return figures | {
+        found["images through the discriminator and back"] = images("logits", "input", "weights")
+    return found | {
         "images forward through a network to score": scored * len(config.sigmas),
         "images forward through the teacher for pairs": config.regression_pairs * (
             2 * config.regression_steps - 1) if config.regression_weight else 0}
 
 
-# ---- Memory and FLOPs, counted on the meta device: nothing is computed ----
-
-# On a CPU, as measured: what glibc's heap leaves free between tensors, and what libraries load.
-HOLES, FIRST_USE = 0.15, 40 * 2 ** 20
-STATUS = Path("/proc/self/status")      # Linux alone has it
-
+# ---- Memory ----
 
 class Kernels(TorchFunctionMode):
     """The meta device takes the kernels that a real one would: fused attention, bf16's casts."""
@@ -140,19 +216,18 @@ class Kernels(TorchFunctionMode):
 class LiveBytes(TorchDispatchMode):
     """Bytes of all tensors that are made under it and still alive, and their peak."""
 
-    def __init__(self, *modules):
+    def __init__(self):
         super().__init__()
-        before = [t for m in modules for p in m.parameters() for t in (p, p.grad) if t is not None]
-        before += [b for m in modules for b in m.buffers()]
-        self.now = self.peak = 0
-        self.sizes = {t.untyped_storage()._cdata: 0 for t in before}
+        self.now, self.peak, self.sizes = 0, 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs))
+                  if isinstance(t, torch.Tensor)}
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.sizes:
+                if storage._cdata not in self.sizes and storage._cdata not in before:
                     self.sizes[storage._cdata] = storage.nbytes()
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self.free, storage._cdata)
@@ -163,43 +238,33 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def memory(config, network_config, batch_per_gpu, world_size=1, precision="fp32"):
+def memory(iterate, config, network, batch_per_gpu, world_size=1, precision="fp32"):
     """Bytes by purpose for one process."""
-    parts = config.batch // world_size // batch_per_gpu
-    with torch.device("meta"):
-        student, teacher, adapted, previous = (EDMPrecond(**network_config).eval()
-                                               for _ in range(4))
-        adapted = AdaptedWithHead(adapted) if config.gan_weight else adapted
-    own, taught = (4 * sum(p.numel() for p in network.parameters())
-                   for network in (student, adapted))
-    teacher.requires_grad_(False)
-    previous.requires_grad_(False)
-    if world_size > 1 or parts > 1:                     # gradients that stay while a part runs
-        for network in (student, adapted):
-            for parameter in network.parameters():
+    rehearsal = Rehearsal(iterate, config, network)
+    roles, parts = rehearsal.roles, config.batch // world_size // batch_per_gpu
+    optimizers = rehearsal.optimizers(keep_gradients=world_size > 1)
+    trained = [sum(4 * p.numel() for p in net.parameters())
+               for net in (roles.student, roles.adapted) if net]
+    if world_size > 1:                                  # DistributedDataParallel's buckets
+        for optimizer in optimizers:
+            for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.empty_like(parameter)
-
-    def peak(turn, *arguments):
-        with LiveBytes(student, teacher, adapted, previous) as live, Kernels(precision):
-            with torch.device("meta"):
-                drawn = draws(config, network_config, batch_per_gpu)
-            turn(config, *arguments, drawn, min(parts, 2))
-            del drawn
-        return live.peak
-
-    if config.stage == 0:
-        turns = [peak(teacher_turn, student)]
-        trained, frozen, gradients = own, {}, own
-    else:
-        source = previous if has_previous(config) and config.external_sampling else student
-        turns = [peak(student_turn, student, teacher, adapted, previous, source),
-                 peak(adapted_turn, adapted)]
-        trained, gradients = own + taught, own + taught if world_size > 1 else max(own, taught)
-        frozen = {"teacher and previous student": own * (2 if has_previous(config) else 1)}
-    held = gradients if world_size > 1 or parts > 1 else 0
-    return {"trained weights": trained, **frozen, "moving average": own, "Adam states": 2 * trained,
-            "gradients": gradients, "activations and noise beside them":
-                max(max(turns) + held - gradients, 0)}
+    with LiveBytes() as live:
+        for _ in range(2):                              # AdamW's moments come with the first
+            live.peak = live.now
+            rehearsal.run(0, optimizers, world_size, batch_per_gpu, min(parts, 2),
+                          lambda: Kernels(precision))
+    moments = sum(4 * moment.numel() for one in optimizers for moment in one.moments)
+    gradients = sum(trained) if world_size > 1 else max(trained)
+    alive = live.peak - moments - (0 if world_size > 1 else gradients)
+    sizes = {"trained weights": sum(trained), "moving average": trained[0],
+             "Adam states": moments, "gradients": gradients,
+             "activations and noise beside them": max(alive, 0)}
+    if config.stage:
+        frozen = sum(4 * p.numel() for net in (roles.teacher, roles.previous) if net
+                     for p in net.parameters())
+        sizes["teacher and previous student"] = frozen
+    return sizes
 
 
 def process_bytes(name):
@@ -215,102 +280,22 @@ def process_memory(tensors):
     return now and now + FIRST_USE + (1 + HOLES) * tensors
 
 
-def draws(config, network_config, batch_per_gpu):
-    """What is drawn for the whole batch, and the part of it that one pass takes."""
-    size, channels = network_config["img_resolution"], network_config["img_channels"]
-    classes, n = network_config["label_dim"], max(len(config.sigmas), 1)
-    noise = n + 2 + 3 * bool(config.gan_weight) if config.stage else 1
-    whole = [torch.empty(config.batch, channels, size, size) for _ in range(noise)]
-    x = whole[0][:batch_per_gpu]
-    y = torch.empty(config.batch, classes)[:batch_per_gpu] if classes else None
-    return whole, x, torch.empty(batch_per_gpu, 1, 1, 1), y
+# ---- What --dry-run prints ----
 
-
-def student_turn(config, student, teacher, adapted, previous, source, drawn, parts):
-    """A student update as in train.py; of DMD's regression without LPIPS's own activations."""
-    _, x, sigma, y = drawn
-    n, unforget = len(config.sigmas), has_previous(config) and config.unforget_weight > 0
-    first, distill = 0 if unforget else n - 1, {
-        "dm": partial(dm_loss, weighting=config.dm_weighting),
-        "sid": partial(sid_loss, alpha=config.alpha)}.get(config.loss)
-    adapted.requires_grad_(False)
-    generated = []
-    for _ in range(parts):
-        inputs, targets = roll_out(source, x, y, config.sigmas, [x] * (n - 1))
-        *earlier, x0 = denoise_together(student, inputs[first:], config.sigmas[first:], y)
-        generated.append(x0.detach())
-        loss = 0 * x0.sum() + unforget_loss(earlier, targets)
-        if distill:
-            loss = loss + distill(x0, sigma, x, y, teacher=teacher, adapted=adapted)
-        if unforget and source is not previous:
-            with torch.no_grad():
-                denoise_together(previous, inputs[:-1], config.sigmas[:-1], y)
-        if config.gan_weight:
-            loss = loss + gan_student_loss(x0, sigma, x, y,
-                                           discriminator=partial(adapted, output="logits"))
-        if config.regression_weight:
-            loss = loss + student(x, sigma, y).mean()
-        loss.backward()
-    adapted.requires_grad_(True)
-
-
-def adapted_turn(config, adapted, drawn, parts):
-    _, x, sigma, y = drawn
-    for _ in range(parts):
-        loss = denoising_loss(x, sigma, x, y, adapted=adapted)
-        if config.gan_weight:
-            loss = loss + gan_adapted_loss(x, x, sigma, x, sigma, x, y, y,
-                                           discriminator=partial(adapted, output="logits"))
-        loss.backward()
-
-
-def teacher_turn(config, student, drawn, parts):
-    _, x, sigma, y = drawn
-    for _ in range(parts):
-        denoising_loss(x, sigma, x, y, adapted=student.train()).backward()
-
-
-def flops(network_config, one):
-    """Floating-point operations of a pass for one image; a multiplication and an addition are two.
-
-    Of what torch.utils.flop_counter knows: convolutions and products of matrices.
-    """
-    with torch.device("meta"):
-        network = EDMPrecond(**network_config).eval()
-        if one.output == "logits":
-            network = AdaptedWithHead(network)
-        x = torch.empty(1, *getattr(network, "network", network).image_shape)
-        sigma, classes = torch.empty(1, 1, 1, 1), network_config["label_dim"]
-        y = torch.empty(1, classes) if classes else None
-    network.requires_grad_(one.gradient == "weights")
-    with FlopCounterMode(display=False) as counter:
-        with torch.set_grad_enabled(one.gradient != "none"):
-            x = x.requires_grad_() if one.gradient == "input" else x
-            out = network(x, sigma, y, **({"output": "logits"} if one.output == "logits" else {}))
-        if one.gradient != "none":
-            out.sum().backward()
-    return one.batches * counter.get_total_flops()
-
-
-def iteration_flops(config, network_config):
-    """Of an iteration's passes for the whole batch, on average; without the regression's LPIPS."""
-    per_pass = {one: times / config.iterations for one, times in run_passes(config).items()
-                if one.role != "distance"}
-    return config.batch * sum(times * flops(network_config, one)
-                              for one, times in per_pass.items())
-
-
-def report(config, network_config, batch_per_gpu, world_size, precision="fp32", device="cpu"):
-    """The lines that --dry-run prints."""
-    lines = [f"{name}: {value:,}" for name, value in passes(config).items()]
-    sizes = memory(config, network_config, batch_per_gpu, world_size, precision)
-    parts = config.batch // world_size // batch_per_gpu
-    lines += [f"processes: {world_size}, each {parts} part(s) of {batch_per_gpu} images an "
-              "iteration"]
-    lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
+def report(iterate, stage, device):
+    config, options, network = stage.config, stage.options, DATASETS[stage.config.dataset].network
+    parts = config.batch // options.world_size // options.batch_per_gpu
+    sizes = memory(iterate, config, network, options.batch_per_gpu, options.world_size,
+                   options.precision)
     total = math.fsum(sizes.values())
+    lines = [f"  {name}: {value}" for name, value in vars(config).items()]
+    lines += [f"{name}: {value:,}"
+              for name, value in totals(config, count(iterate, config, network)).items()]
+    lines += [f"processes: {options.world_size}, each {parts} part(s) of {options.batch_per_gpu} "
+              "images an iteration"]
+    lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     lines += [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]
-    if device == "cpu" and (whole := process_memory(total)):
+    if device.type == "cpu" and (whole := process_memory(total)):
         lines += ["memory, one whole process, with Python, libraries and the heap's holes: "
                   f"{whole / 2**20:,.0f} MiB"]
-    return lines
+    return "\n".join(lines)

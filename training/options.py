@@ -5,16 +5,23 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from base import distributed
 from base.errors import Parser, UserError
-from presets import Config, find
-
+from presets import Config, Preset, find
 
 # What says nothing about a teacher in training.
 STUDENTS = ("teacher", "sigmas", "trained_step", "loss", "alpha", "dm_weighting", "unforget_weight",
             "external_sampling", "gan_weight", "gan_adapted_weight", "regression_weight",
             "regression_pairs", "regression_steps", "ttur")
+
+
+class Stage(NamedTuple):
+    """One stage to train."""
+    preset: Preset
+    config: Config              # the preset with the flags that were given
+    options: "Options"
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def parser():
 
 
 def parse(argv=None):
-    """The rows to run in order, as (preset, config, options)."""
+    """The stages to train, in order."""
     args = parser().parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
              if hasattr(args, f.name)}
@@ -88,15 +95,15 @@ def parse(argv=None):
     stages = [given["stage"]] if "stage" in given else [1, 2, 3] if args.method == "pmdd" else [1]
     if "start_from" in given and (len(stages) > 1 or stages == [0]):
         raise UserError("--start-from is for one stage of a student: give --stage 1, 2 or 3")
-    rows = []
+    wanted = []
     for stage in stages:
         try:
             preset = find(args.dataset, args.method, stage, args.variant)
         except ValueError as error:
             raise UserError(str(error)) from None
         config = merge(preset.config, given | {"stage": stage}, all_stages=len(stages) > 1)
-        rows.append((preset, config, options(args, config)))
-    return rows
+        wanted.append(Stage(preset, config, options(args, config)))
+    return wanted
 
 
 def merge(config, given, all_stages):

@@ -1,29 +1,31 @@
-"""The networks of a run and what they start from: teacher, student, adapted, previous, average."""
+"""The networks of a run, each a role: what they start from, what is saved, how they resume."""
 
 import copy
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Callable
 
 import torch
+from torch import nn
 
-from weights import checkpoint
 from base import distributed
-from edm_networks import EDMPrecond
+from base.devices import compile_network
+from base.distributed import say
 from base.errors import UserError
+from base.files import ROOT
+from edm_networks import EDMPrecond
 from models import AdaptedWithHead
-from weights.opening import compile_network, open_network, steps_text
-from training.cost import has_previous
-from presets import NETWORKS
+from presets import DATASETS
+from weights import checkpoint
+from weights.opening import open_network, steps_text
 from weights.pretrained import PUBLISHED_NETWORKS
-
-HERE = Path(__file__).resolve().parents[1]
 
 
 def load_teacher(config, options):
     """A published network, a file in one of the published formats, or a stage 0 of ours."""
     source = config.teacher
     if source not in PUBLISHED_NETWORKS:
-        source = Path(source) if Path(source).exists() else HERE / source
+        source = Path(source) if Path(source).exists() else ROOT / source
         if not source.is_file():
             raise UserError(f"--teacher {config.teacher}: no such file and no published name; "
                             f"published: {', '.join(PUBLISHED_NETWORKS)}; or make one: "
@@ -31,7 +33,7 @@ def load_teacher(config, options):
     opened = open_network(source, teacher=True, dataset=config.dataset, cache=options.cache)
     if opened.sigmas:
         raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")
-    made, wanted = opened.network.config, NETWORKS[config.dataset]
+    made, wanted = opened.network.config, DATASETS[config.dataset].network
     if any(made[k] != wanted[k] for k in ("img_resolution", "img_channels")):
         raise UserError(f"--teacher {config.teacher} makes images of {made['img_resolution']} "
                         f"pixels and {made['img_channels']} channels, {config.dataset} has "
@@ -39,7 +41,7 @@ def load_teacher(config, options):
     return opened.network
 
 
-def starting_point(config, options):
+def starting_point(config, options, teacher):
     """The checkpoint that a later stage starts from, or None for the teacher."""
     path = Path(config.start_from) if config.start_from else None
     if path is None and config.method == "pmdd" and config.stage > 1:
@@ -58,88 +60,83 @@ def starting_point(config, options):
     if list(payload["sigmas"]) != earlier:
         raise UserError(f"{path} was trained for --sigmas {payload['sigmas']}, this run continues "
                         f"{earlier}; give the same ones")
-    if has_previous(config) and len(earlier) < len(config.sigmas) - 1:
+    if config.has_previous and len(earlier) < len(config.sigmas) - 1:
         raise UserError(f"{path} was trained for {steps_text(len(earlier))}, stage {config.stage} "
                         f"starts from {len(config.sigmas) - 1}: train the stage between first")
     if "adapted" not in payload:
         raise UserError(f"{path} holds a student but no adapted network; start from a best.pt of "
                         "a run")
+    if payload["network"] != teacher.config:
+        raise UserError(f"{path}, which stage {config.stage} starts from, has another architecture "
+                        f"than the teacher {config.teacher}")
     return payload
 
 
+@dataclass
+class Roles:
+    """Every network of a run once; stage 0 has a student of real images and its average alone."""
+    student: nn.Module
+    ema: nn.Module
+    teacher: nn.Module | None = None
+    previous: nn.Module | None = None       # the frozen student of the stage before
+    adapted: nn.Module | None = None        # with DMD2's head, where there is a GAN
+    distance: Callable | None = None        # DMD's, between the student's images and the teacher's
+    made_from: dict = field(default_factory=dict)       # hashes of the weights that they began with
+
+    def wrap(self):
+        """The trained networks as DistributedDataParallel sees them; alone, themselves."""
+        self.student_ddp = distributed.parallel(self.student)
+        self.adapted_ddp = self.adapted and distributed.parallel(self.adapted)
+
+
 def load_roles(config, options, device):
-    """Every network once: the teacher and the previous student frozen, the average a copy."""
-    teacher = load_teacher(config, options)
-    begin = starting_point(config, options)
-    made_from = {"teacher": checkpoint.weights_digest(teacher.state_dict())}
-    network = teacher
-    if begin:
-        made_from["start"] = checkpoint.weights_digest(begin["ema"])
-        if begin["network"] != teacher.config:
-            raise UserError(f"the checkpoint that stage {config.stage} starts from has another "
-                            f"architecture than the teacher {config.teacher}")
-        network = checkpoint.network_from(begin)
-    student, adapted = copy.deepcopy(network), copy.deepcopy(teacher)
+    """Loaded, copied and on the device; stage 0 has an untrained network."""
+    if config.stage == 0:
+        torch.manual_seed(config.seed)
+        student = EDMPrecond(**DATASETS[config.dataset].network)
+        roles = Roles(trainable(student), copy.deepcopy(student))
+    else:
+        teacher = load_teacher(config, options)
+        made_from = {"teacher": checkpoint.weights_digest(teacher.state_dict())}
+        begin = starting_point(config, options, teacher)
+        if begin:
+            made_from["start"] = checkpoint.weights_digest(begin["ema"])
+        roles = assemble(config, teacher, begin)
+        roles.made_from = made_from
+    for network in (roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema):
+        if network is not None:
+            network.to(device).eval()                   # no dropout while distilling (Deviation 6)
+            if options.compile:
+                compile_network(network)
+    for network in (roles.teacher, roles.previous, roles.ema):
+        if network is not None:
+            network.requires_grad_(False)
+    return roles
+
+
+def assemble(config, teacher, begin=None):
+    """The networks of a stage that starts from the teacher, or from a checkpoint (Deviation 9)."""
+    start = checkpoint.network_from(begin) if begin else teacher
+    adapted = copy.deepcopy(teacher)
     if config.gan_weight:
-        torch.manual_seed(config.seed)                   # the head's first weights
+        torch.manual_seed(config.seed)                  # the head's first weights
         adapted = AdaptedWithHead(adapted)
     if begin:
         bare(adapted).load_state_dict(begin["adapted"])
         if config.gan_weight and begin.get("head"):
             adapted.head.load_state_dict(begin["head"])
-    # The previous student gives the inputs and the unforget targets of PMDD's later stages.
-    previous = network if has_previous(config) else None
-    ema = copy.deepcopy(student)
-    for frozen in (teacher, previous, ema):
-        if frozen is not None:
-            frozen.requires_grad_(False)
-    for trained in (student, adapted):
-        make_trainable(trained)
-    for role in (teacher, previous, student, adapted, ema):
-        if role is not None:
-            role.to(device).eval()                       # no dropout anywhere (Deviation 6)
-            if options.compile:
-                compile_network(role)
-    return SimpleNamespace(teacher=teacher, previous=previous, student=student, adapted=adapted,
-                           ema=ema, made_from=made_from)
+    return Roles(trainable(copy.deepcopy(start)), copy.deepcopy(start), teacher,
+                 start if config.has_previous else None, trainable(adapted))
 
 
-def make_trainable(network):
+def trainable(network):
     """All weights but those of augmentation labels, which nothing here gives: no gradient reaches
     them, and DistributedDataParallel would wait for one."""
     network.requires_grad_(True)
     for name, parameter in network.named_parameters():
         if "map_augment" in name:
             parameter.requires_grad_(False)
-
-
-def new_teacher(config, options, network_config, device):
-    """Stage 0: an untrained network as the student of the data, and its average."""
-    torch.manual_seed(config.seed)
-    student = EDMPrecond(**network_config).to(device)
-    make_trainable(student)
-    ema = copy.deepcopy(student).eval().requires_grad_(False)
-    if options.compile:
-        compile_network(student)
-    return SimpleNamespace(teacher=None, previous=None, student=student, adapted=None, ema=ema,
-                           made_from={})
-
-
-def payload(config, roles, optimizers, iteration, best_fid, scores):
-    """Everything that latest.pt holds."""
-    with_head = isinstance(roles.adapted, AdaptedWithHead)
-    whole = {"dataset": config.dataset, "method": config.method, "stage": config.stage,
-             "sigmas": list(config.sigmas), "network": roles.student.config, "iteration": iteration,
-             "fid": scores, "best_fid": best_fid, "made_from": roles.made_from,
-             "ema": roles.ema.state_dict()}
-    if roles.adapted is not None:
-        whole["adapted"] = bare(roles.adapted).state_dict()
-    if with_head:
-        whole["head"] = roles.adapted.head.state_dict()
-    if optimizers:
-        whole["student"] = roles.student.state_dict()
-        whole["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    return whole
+    return network
 
 
 def bare(adapted):
@@ -147,16 +144,34 @@ def bare(adapted):
     return adapted.network if isinstance(adapted, AdaptedWithHead) else adapted
 
 
+def saved_networks(roles):
+    """What a checkpoint holds of each trained network, by name."""
+    networks = {"student": roles.student, "ema": roles.ema}
+    if roles.adapted is not None:
+        networks["adapted"] = bare(roles.adapted)
+    if isinstance(roles.adapted, AdaptedWithHead):
+        networks["head"] = roles.adapted.head
+    return networks
+
+
+def payload(config, roles, optimizers, iteration, best_fid, scores):
+    """Everything that latest.pt holds; without optimizers, what best.pt does."""
+    content = {"dataset": config.dataset, "method": config.method, "stage": config.stage,
+               "sigmas": list(config.sigmas), "network": roles.student.config,
+               "iteration": iteration, "fid": scores, "best_fid": best_fid,
+               "made_from": roles.made_from}
+    for name, network in saved_networks(roles).items():
+        if optimizers or name != "student":
+            content[name] = network.state_dict()
+    if optimizers:
+        content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    return content
+
+
 def resume(config, options, roles, optimizers):
     """Load latest.pt into the roles. Returns iterations done, best FID, whether it has no score."""
     folder = options.folder
-
-    def say(text):
-        if distributed.rank() == 0:
-            print(text, flush=True)
-
-    needs = checkpoint.RESUMED
-    saved = checkpoint.load_latest(folder, say=say, needs=needs)    # on the CPU, not twice on a GPU
+    saved = checkpoint.load_latest(folder, say=say, needs=checkpoint.RESUMED)   # on the CPU
     if saved is None:
         return 0, checkpoint.best_fid(folder), False
     for what, digest in saved.get("made_from", {}).items():
@@ -165,14 +180,9 @@ def resume(config, options, roles, optimizers):
                     "start": "the checkpoint that this stage starts from"}[what]
             raise UserError(f"{name} holds other weights than when {folder} was begun; put them "
                             "back, choose another --folder, or go on all the same with --force")
-    with_head = isinstance(roles.adapted, AdaptedWithHead)
-    if saved["network"] != roles.student.config or with_head != ("head" in saved):
+    networks = saved_networks(roles)
+    if saved["network"] != roles.student.config or ("head" in networks) != ("head" in saved):
         raise UserError(f"{folder} holds a run of another architecture; choose another --folder")
-    networks = {"student": roles.student, "ema": roles.ema}
-    if roles.adapted is not None:
-        networks["adapted"] = bare(roles.adapted)
-    if with_head:
-        networks["head"] = roles.adapted.head
     try:
         for name, network in networks.items():
             network.load_state_dict(saved[name])

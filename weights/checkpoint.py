@@ -7,19 +7,17 @@ newest, `previous.pt` the one before, `best.pt` the best by FID.
 Here is also what every other writer uses: write_atomically, and file_digest.
 """
 
-import contextlib
 import hashlib
 import math
 import os
-import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
+from base.errors import RunFailed, UserError
+from base.files import file_digest, sync_folder, write_atomically
 from edm_networks import EDMPrecond
-from base.errors import RunFailed, UserError, run
 
 FORMAT = 1
 DIGEST = 64                      # hexadecimal digits of a sha256
@@ -37,58 +35,12 @@ class DamagedCheckpoint(UserError):
     """The file is not what was written."""
 
 
-def file_digest(path, algorithm="sha256", length=None):
-    """Of a file's first `length` bytes, of all without it."""
-    digest, left = hashlib.new(algorithm), os.path.getsize(path) if length is None else length
-    with open(path, "rb") as file:
-        while left and (chunk := file.read(min(left, 1 << 24))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.hexdigest()
-
-
 def weights_digest(state):
     """Of the names and values of a state dict, whatever file they stand in."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def sync_folder(folder):
-    """Flush a rename to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomically(path, write):
-    """write(temporary path), flush, rename: `path` is either the old file or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:    # the latter is torch's zip writer on a full disk
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
-        raise RunFailed(f"cannot write {path}: {reason}; what was there before is "
-                        "intact") from error
-    finally:
-        with contextlib.suppress(OSError):      # gone by its rename, or the disk is beyond writing
-            temporary.unlink()
-
-
-def write_arrays(path, **arrays):
-    def write(temporary):
-        with open(temporary, "wb") as file:     # np.savez would add .npz to a name
-            np.savez(file, **arrays)
-
-    write_atomically(path, write)
 
 
 def save(path, payload):
@@ -227,18 +179,3 @@ def check_plain(config):
     blocks = config.get("num_blocks", 0)
     if type(blocks) is not int or blocks > 64:
         raise UserError("constructor argument num_blocks is not a whole number up to 64")
-
-
-def main(argv):
-    """python -m weights.checkpoint BEST.pt OUT.pt: only what sampling needs."""
-    if len(argv) != 2 or Path(argv[1]).suffix != ".pt":
-        raise UserError("usage: python -m weights.checkpoint BEST.pt OUT.pt")
-    if not os.access(Path(argv[1]).resolve().parent, os.W_OK):
-        raise UserError(f"cannot write to {Path(argv[1]).parent}")
-    names = ("dataset", "method", "stage", "sigmas", "network", "iteration", "fid", "ema")
-    payload = load(argv[0], needs=names)
-    save(argv[1], {name: payload[name] for name in names})
-
-
-if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))

@@ -1,33 +1,24 @@
-"""Any network that can be sampled, and images from it that depend on nothing but their seeds."""
+"""One way to open any network: a checkpoint of ours, a published name, a file in its format."""
 
 import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
-from weights import checkpoint
-from base import distributed
 from base import errors
+from base.distributed import from_rank_zero, say
 from base.download import PUBLISHED, cache_folder
 from base.errors import UserError
-from models import sample_seeds, to_uint8
-from presets import TEACHERS, UNCONDITIONAL
+from base.files import ROOT, shown
+from presets import DATASETS
+from weights import checkpoint
 from weights.pretrained import PUBLISHED_NETWORKS, load_network
 
-HERE = Path(__file__).resolve().parents[1]
-ASSETS = HERE / "assets"
 LARGEST_NUMBER = 10 ** 8         # of images in one command
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
-# Part of a published file's name -> dataset.
-DATASETS = {"digits": "digits", "cifar10": "cifar10", "imagenet": "imagenet64", "ffhq": "ffhq64",
-            "afhqv2": "afhqv2-64"}
 
-
-# ---- Opening ----
 
 @dataclass
 class Opened:
@@ -41,14 +32,11 @@ class Opened:
     def name(self):
         return shown(self.path)
 
-
-def shown(path):
-    """The path as a reader of a record can use it: relative where it can be."""
-    path = Path(path).resolve()
-    for base in (Path.cwd(), HERE):
-        if path.is_relative_to(base):
-            return str(path.relative_to(base))
-    return str(path)
+    def first_sigmas(self, steps):
+        """The noise levels of its first steps."""
+        if not 1 <= steps <= len(self.sigmas):
+            raise UserError(f"--steps {steps}: {self.name} was trained for 1 to {len(self.sigmas)}")
+        return self.sigmas[:steps]
 
 
 def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None):
@@ -66,7 +54,7 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
     else:
         network = from_rank_zero(lambda: load_network(source, cache))
         path = cache_folder(cache) / PUBLISHED[str(source)].name if published else Path(source)
-        known = next((name for part, name in DATASETS.items() if part in path.name), None)
+        known = next((name for name, one in DATASETS.items() if one.hint in path.name), None)
         if teacher or published or path.name.startswith("edm-"):
             levels = ()
         else:
@@ -93,22 +81,13 @@ def read_ours(source):
         return None
 
 
-def from_rank_zero(load):
-    """load() on rank 0 first, so that one process downloads and the others find the file."""
-    for turn in (distributed.rank() == 0, distributed.rank() > 0):
-        if turn:
-            network = load()
-        distributed.barrier()
-    return network
-
-
-def default_teacher(dataset, label_dim=None):
-    """The published teacher; of a student without classes (label_dim 0), the one without."""
-    if dataset not in TEACHERS:
-        raise UserError(f"no teacher is known for dataset {dataset}: name one with --teacher FILE")
-    if dataset == "cifar10" and label_dim == 0:
-        return UNCONDITIONAL
-    return ASSETS / Path(TEACHERS[dataset]).name if dataset == "digits" else TEACHERS[dataset]
+def default_teacher(dataset, classes=None):
+    """The embedded or published teacher; of a student without classes (0), the one without."""
+    known = DATASETS[dataset]
+    if known.unconditional and classes == 0:
+        return known.unconditional
+    embedded = ROOT / known.teacher
+    return embedded if embedded.is_file() else known.teacher
 
 
 def default_student(steps, dataset, runs):
@@ -127,10 +106,11 @@ def default_student(steps, dataset, runs):
     wanted = f"{steps}-step student" if steps else "student"
     if found:
         return max(found)[1], f"the newest {wanted} under {runs}"
-    if dataset not in (None, "digits"):
+    embedded = DATASETS[dataset or "digits"].student
+    if not embedded:
         raise UserError(f"no {wanted} of {dataset} under {runs}: train one (python train.py "
                         f"--dataset {dataset}), or name one with --checkpoint")
-    return ASSETS / "digits-student.pt", "the embedded student"
+    return ROOT / embedded, "the embedded student"
 
 
 def open_student(args, steps=0):
@@ -150,7 +130,7 @@ def open_teacher(args, student=None):
         if not student.dataset:
             raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
                             "FILE")
-        source = default_teacher(student.dataset, student.network.label_dim)
+        source = default_teacher(student.dataset, student.network.conditions.count)
     source = source or args.checkpoint or default_teacher(args.dataset or "digits")
     opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
     if opened.sigmas:
@@ -162,80 +142,6 @@ def open_teacher(args, student=None):
 
 def steps_text(n):
     return f"{n} step{'s' * (n > 1)}"
-
-
-def say(text):
-    if distributed.rank() == 0:
-        print(text, flush=True)
-
-
-# ---- Sampling. On CPU an image has the same bits in any company and on any number of cores. ----
-
-def set_precision(precision):
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
-
-
-def prepare(network, device, precision="fp32", compiled=False):
-    set_precision(precision)
-    network.to(device).requires_grad_(False)
-    if device.type == "cuda" and precision != "fp32":       # the layout of tensor cores
-        network.to(memory_format=torch.channels_last)
-    if compiled:
-        compile_network(network, dynamic=False)
-    return network
-
-
-def compile_network(network, **how):
-    """All networks are one class, whose graphs torch counts together: one for each role, kind of
-    gradient and batch, and beyond this limit it would silently stop compiling."""
-    torch._dynamo.config.cache_size_limit = 64          # recompile_limit by its older name
-    network.compile(**how)
-
-
-def pass_size(network, device):
-    """Images of one pass, always: kernels choose their order of summation by shape."""
-    pixels = 2 ** 12 if device.type == "cpu" else 2 ** 18
-    return max(1, min(1024, pixels // (network.image_shape[1] * network.image_shape[2])))
-
-
-def seed_blocks(seeds, network, device):
-    size = max(16, pass_size(network, device))
-    return [seeds[start:start + size] for start in range(0, len(seeds), size)]
-
-
-def choose_classes(labels, seeds, label_dim):
-    """One class for each seed; None: drawn at random from the seed itself, as EDM does."""
-    if not label_dim or labels == "random":
-        return None
-    return [seed % label_dim if labels == "balanced" else labels for seed in seeds]
-
-
-def sample_block(network, seeds, sampler, labels, device, precision="fp32"):
-    """uint8 [B,C,H,W] for each list element of the sampler, and classes [B] or None."""
-    size, parts = pass_size(network, device), []
-    for start in range(0, len(seeds), size):
-        chunk = list(seeds[start:start + size])
-        padded = chunk + chunk[-1:] * (size - len(chunk))
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            images, drawn = sample_seeds(network, padded, sampler, device=device,
-                                         classes=choose_classes(labels, padded, network.label_dim))
-        parts.append([to_uint8(x0)[:len(chunk)] for x0 in images]
-                     + ([] if drawn is None else [drawn[:len(chunk)]]))
-    *images, classes = [torch.cat(part) for part in zip(*parts)] + [None] * (not network.label_dim)
-    return images, classes
-
-
-def gathered(task, blocks, device):
-    """The results of all blocks, shared over the ranks, in order on rank 0."""
-    rank, world_size = distributed.rank(), distributed.world_size()
-    mine = distributed.in_parallel(task, blocks[rank::world_size], device)
-    if world_size == 1:
-        yield from mine
-        return
-    for _ in range(0, len(blocks), world_size):
-        parts = [None] * world_size if rank == 0 else None
-        dist.gather_object(next(mine, None), parts)
-        yield from (part for part in parts or [] if part is not None)
 
 
 # ---- Flags that sample.py and evaluate.py share ----
@@ -259,9 +165,12 @@ class Parser(errors.Parser):
         what.add_argument("--sigmas", type=float, nargs="+", metavar="S",
                           help="noise level of each step, for a published student (default: 2.5 "
                                "for a .pkl, as SiD's; 80 for a .bin, as DMD2's)")
-        what.add_argument("--dataset", choices=list(DATASETS.values()),
+        what.add_argument("--dataset", choices=list(DATASETS),
                           help="choose the run, the teacher and the reference by it")
         what.add_argument("--runs", default="runs", help="folder of runs (default: runs)")
+        what.add_argument("--churn", type=float, nargs="+", default=[0.0], metavar="S",
+                          help="noise that a teacher's sampler adds (EDM Alg. 2): S_churn, or "
+                               "S_churn S_tmin S_tmax S_noise, on ImageNet-64 40 0.05 50 1.003")
         how = self.add_argument_group("how it is computed")
         how.add_argument("--device", choices=("cpu", "cuda"),
                          help="default: cuda where there is one")
@@ -279,3 +188,11 @@ def check_sigmas(sigmas):
     if sigmas and not all(a > b > 0 for a, b in zip([float("inf"), *sigmas], sigmas)):
         raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: must fall from step to step and "
                         "stay above 0")
+
+
+def churn_options(values):
+    """--churn as sample_heun takes it."""
+    if len(values) not in (1, 4) or not all(0 <= value < float("inf") for value in values):
+        raise UserError(f"--churn {' '.join(map(str, values))}: wanted: one number, or four, "
+                        "S_churn S_tmin S_tmax S_noise, none below 0")
+    return dict(zip(("churn", "churn_min", "churn_max", "churn_noise"), values))

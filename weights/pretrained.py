@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from weights.checkpoint import build_network, check_plain, file_digest, write_atomically
 from base.download import PUBLISHED, cache_folder, fetch_with_digest
 from base.errors import UserError
+from base.files import file_digest, write_atomically
+from weights.checkpoint import build_network, check_plain
 from weights.pickle_reader import Record, UnsafePickle, read_pickle
 
 PUBLISHED_NETWORKS = tuple(n for n, entry in PUBLISHED.items() if entry.name.endswith(".pkl"))

@@ -1,0 +1,28 @@
+"""What a device computes with: precision, compiled kernels, memory that is kept."""
+
+import contextlib
+import ctypes
+
+import torch
+
+
+def set_precision(precision):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+
+
+def compile_network(network, **how):
+    """All networks are one class, whose graphs torch counts together: one for each role, kind of
+    gradient and batch, and beyond this limit it would silently stop compiling."""
+    torch._dynamo.config.cache_size_limit = 64          # recompile_limit by its older name
+    network.compile(**how)
+
+
+def keep_freed_memory():
+    """glibc gives freed memory back to the system, and each iteration takes it anew, page by page.
+
+    Its two limits are set as high as it lets them; other C libraries have no such call.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL("libc.so.6").mallopt, -1, -3
+        mallopt(mmap_threshold, 32 * 2 ** 20)
+        mallopt(trim_threshold, 2 ** 31 - 1)

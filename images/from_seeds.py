@@ -1,0 +1,61 @@
+"""Images that depend on nothing but their seeds: the same bits in any company, on any cores."""
+
+from functools import partial
+
+import torch
+
+from base.devices import compile_network, set_precision
+from models import sample_every_step, sample_heun, sample_seeds
+
+
+def prepare(network, device, precision="fp32", compiled=False):
+    set_precision(precision)
+    network.to(device).requires_grad_(False)
+    if device.type == "cuda" and precision != "fp32":       # the layout of tensor cores
+        network.to(memory_format=torch.channels_last)
+    if compiled:
+        compile_network(network, dynamic=False)
+    return network
+
+
+def pass_size(network, device):
+    """Images of one pass, always: kernels choose their order of summation by shape."""
+    pixels = 2 ** 12 if device.type == "cpu" else 2 ** 18
+    return max(1, min(1024, pixels // (network.shape[1] * network.shape[2])))
+
+
+def seed_blocks(seeds, network, device):
+    size = max(16, pass_size(network, device))
+    return [seeds[start:start + size] for start in range(0, len(seeds), size)]
+
+
+def every_step(sigmas):
+    """A student's sampler: the images after 1, 2, .. steps, of one roll-out."""
+    return partial(sample_every_step, sigmas=sigmas)
+
+
+def heun(steps, **churn):
+    """A teacher's sampler: a list like a student's, of one."""
+    return lambda *inputs: [sample_heun(*inputs, steps=steps, **churn)]
+
+
+def choose_classes(labels, seeds, classes):
+    """One class for each seed; None: drawn at random from the seed itself, as EDM does."""
+    if not classes or labels == "random":
+        return None
+    return [seed % classes if labels == "balanced" else labels for seed in seeds]
+
+
+def sample_block(network, seeds, sampler, labels, device, precision="fp32"):
+    """uint8 [B,C,H,W] for each list element of the sampler, and classes [B] or None."""
+    size, parts = pass_size(network, device), []
+    for start in range(0, len(seeds), size):
+        chunk = list(seeds[start:start + size])
+        padded = chunk + chunk[-1:] * (size - len(chunk))
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            asked = choose_classes(labels, padded, network.conditions.count)
+            images, classes = sample_seeds(network, padded, sampler, asked, device)
+        parts.append([network.pixels(x0)[:len(chunk)] for x0 in images]
+                     + ([] if classes is None else [classes[:len(chunk)]]))
+    joined = [torch.cat(part) for part in zip(*parts)]
+    return (joined, None) if classes is None else (joined[:-1], joined[-1])

@@ -1,0 +1,102 @@
+"""What an iteration draws, for the whole batch and from (seed, iteration) alone, cut into parts."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from base import distributed
+from models import Conditions, Levels, from_uint8, sigma_grid, sigma_lognormal
+from presets import LOSSES
+
+
+class Sources(NamedTuple):
+    """What an iteration draws from; the levels lie on the device that draws."""
+    shape: tuple                # of x_t, without the batch
+    levels: Levels
+    conditions: Conditions
+    real: object = None         # images.real.Images, where a loss needs them
+    pairs: object = None        # training.noise_pairs.Pairs, for DMD's regression
+
+
+def seeded(seed, step, device):
+    """A generator of (seed, iteration): a resumed run, or one on more processes, draws the same."""
+    mixed = np.random.default_rng([seed, step]).integers(2 ** 32)
+    return None if device == "meta" else torch.Generator(device).manual_seed(int(mixed))
+
+
+def steps_trained(config, step):
+    """How many steps the student takes here, the last of which is trained."""
+    n = len(config.sigmas)
+    if config.trained_step == "random":                 # one for the whole batch: DMD2 Sec. 4.5
+        n = 1 + int(np.random.default_rng([config.seed, step, n]).integers(n))
+    return n
+
+
+def draw(config, step, sources):
+    """Everything random of one iteration: the same tensors of the whole batch on every rank."""
+    B, levels, count = config.batch, sources.levels, sources.conditions.count
+    device = levels.table.device
+    rng = seeded(config.seed, step, device.type)
+    # Indices into files are drawn on the host, where the files are.
+    host_rng = rng if device.type == "cpu" else seeded(config.seed, step, "cpu")
+    file_index = partial(torch.randint, size=(B,), generator=host_rng)
+    normal = partial(torch.randn, generator=rng, device=device)
+    if config.stage == 0:
+        return draw_for_teacher(config, sources, rng, file_index, normal)
+
+    student_turn, loss, n = (step % config.ttur == 0, LOSSES[config.loss],
+                             steps_trained(config, step))
+    drawn = {"sigmas": config.sigmas[:n],
+             "z": normal(B, *sources.shape), "noises": normal(B, n - 1, *sources.shape),
+             "index": torch.randint(count, (B,), generator=rng, device=device) if count else None,
+             "sigma_adapted": loss.adapted_noise(levels, B, rng),
+             "eps_adapted": normal(B, *sources.shape)}
+    if student_turn:
+        drawn |= {"sigma": loss.student_noise(levels, B, rng), "eps": normal(B, *sources.shape)}
+    if sources.real is not None:                        # DMD2's GAN (Deviation 13)
+        drawn["real_index"] = file_index(len(sources.real))
+        for name in ("real", "fake", "gan") if student_turn else ("real", "fake"):
+            drawn |= {f"sigma_{name}": sigma_grid(levels, B, rng),
+                      f"eps_{name}": normal(B, *sources.shape)}
+    if sources.pairs is not None and student_turn:      # DMD's regression
+        drawn["pair_index"] = file_index(len(sources.pairs))
+    return drawn
+
+
+def draw_for_teacher(config, sources, rng, file_index, normal):
+    """Stage 0: real images, and EDM's noise."""
+    if rng:
+        torch.manual_seed(rng.initial_seed() + distributed.rank())          # for dropout
+    return {"real_index": file_index(len(sources.real)),
+            "sigma": sigma_lognormal(sources.levels, config.batch, rng),
+            "eps": normal(config.batch, *sources.shape)}
+
+
+def cut(drawn, config, sources, options):
+    """This rank's share of the batch as parts of --batch-per-gpu images, with what they index."""
+    device, embed = sources.levels.table.device, sources.conditions.embed
+    share, size = config.batch // options.world_size, options.batch_per_gpu
+    first = distributed.rank() * share
+
+    def moved(tensor):                                  # without waiting for the copy
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
+
+    parts = []
+    for start in range(first, first + share, size):
+        part = SimpleNamespace(**{name: value[start:start + size] if torch.is_tensor(value) else
+                                  value for name, value in drawn.items()})
+        if "index" in drawn:
+            part.y = embed(part.index)
+        if sources.real is not None:
+            pixels, classes = sources.real.take(part.real_index.tolist())
+            part.real, part.y_real = from_uint8(moved(pixels)), embed(moved(classes))
+        if "pair_index" in drawn:
+            z_ref, image_ref, classes = sources.pairs.take(part.pair_index.tolist())
+            part.z_ref, part.image_ref = moved(z_ref), moved(image_ref).float()
+            part.y_ref = embed(moved(classes))
+        parts.append(part)
+    return parts

@@ -1,0 +1,179 @@
+"""What a run tells while it trains: progress bar, metrics, sample grids, checkpoints when due."""
+
+import math
+import signal
+import time
+from functools import partial
+
+import torch
+
+from base import distributed
+from base.errors import RunFailed
+from base.progress import progress
+from images.pictures import draw_curves, grid, save_png
+from metrics.judge import HEUN_STEPS
+from models import sample_heun, sample_seeds, sample_student
+from training.roles import payload
+from training.run_folder import Metrics, read_metrics, write_config
+from weights.checkpoint import save, save_latest
+
+LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
+
+
+def save_samples(network, sigmas, path, device, columns=8):
+    """The same noise every time: a row for each of ten classes, or of ten seeds without classes."""
+    sampler, asked = partial(sample_heun, steps=HEUN_STEPS), None
+    if sigmas:
+        sampler = partial(sample_student, sigmas=sigmas)
+    count = network.conditions.count
+    if count:
+        asked = torch.linspace(0, count - 1, min(10, count)).long().repeat_interleave(columns)
+    seeds = range(len(asked) if count else 10 * columns)
+    images, _ = sample_seeds(network, seeds, sampler, asked, device)
+    path.parent.mkdir(exist_ok=True)
+    save_png(grid(network.pixels(images).cpu(), columns), path)
+
+
+class StopSignal:
+    """A signal asks the loop to finish its iteration, save and leave with exit code 3.
+
+    SIGTERM, Ctrl-C, and a terminal that is closed (unless nohup has it ignored).
+    """
+
+    def __init__(self):
+        self.received = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received and number == signal.SIGINT:       # a second Ctrl-C: at once
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+class Clock:
+    """Images per second since the last reading, and the seconds that are left at that pace."""
+
+    def __init__(self, batch):
+        self.batch, self.seconds, self.since = batch, 0.0, time.monotonic()
+
+    def pause(self):
+        self.seconds += time.monotonic() - self.since
+
+    def go_on(self):
+        self.since = time.monotonic()
+
+    def read(self, iterations, left):
+        self.pause()
+        pace = self.batch * iterations / max(self.seconds, 1e-9)
+        self.seconds = 0.0
+        self.go_on()
+        return {"images_per_second": round(pace, 2),
+                "seconds_left": round(left * self.batch / pace)}
+
+
+class Log:
+    """Progress bar, metrics.jsonl, sample grids, checkpoints: when they are due, and doing it."""
+
+    def __init__(self, config, options, device, start, best_fid, stop):
+        self.config, self.folder, self.best_fid = config, options.folder, best_fid
+        self.device, self.stop, self.unread = device, stop, []
+        self.every = LOG_EVERY * (config.ttur if config.stage else 4)
+        self.writes = distributed.rank() == 0
+        if self.writes:                                 # nothing refuses this run any more
+            write_config(self.folder, config, options)
+            self.metrics = Metrics(self.folder, start)
+        self.clock, self.last = Clock(config.batch), start
+        self.bar = progress(total=config.iterations, initial=start, desc=f"stage {config.stage}",
+                            unit="it")
+
+    def due(self, step):
+        return step % self.every == 0 or step + 1 == self.config.iterations
+
+    def score_due(self, step):
+        every = self.config.evaluate_every
+        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.config.iterations)
+
+    def save_due(self, step):
+        return (self.score_due(step) or (step + 1) % self.config.save_every == 0
+                or step + 1 == self.config.iterations)
+
+    def stopping(self, step):
+        """Whether to save and leave; several processes agree on it only when they log."""
+        if distributed.world_size() > 1 and not (self.due(step) or self.save_due(step)):
+            return False
+        return distributed.any_rank(bool(self.stop.received), self.device)
+
+    def take(self, step, losses, images):
+        """Keep an iteration's losses on their device; read and write them when that is due."""
+        self.unread.append((step, losses))
+        if self.writes:
+            self.bar.update(step + 1 - self.bar.n)
+        if self.due(step):
+            self.write(step, self.read(), images)
+
+    def read(self):
+        """The last losses, mean over the processes; stops the run if any since was not finite."""
+        names = [(step, name) for step, losses in self.unread for name in losses]
+        values = torch.stack([v.float() for _, losses in self.unread for v in losses.values()])
+        values = distributed.mean_over_ranks(values)            # the first wait for the device
+        for (step, name), value in zip(names, values):
+            if not math.isfinite(value):
+                self.bar.close()
+                raise RunFailed(f"iteration {step}: {name} is {value}; this update was not made "
+                                "and nothing saved, the last checkpoint is good; go on from it "
+                                "with --force and a lower --learning-rate")
+        last = self.unread[-1][0]
+        self.unread = []
+        return {name: value for (step, name), value in zip(names, values) if step == last}
+
+    def write(self, step, losses, images):
+        """Brightness and spread of the images are what DMD2's appendix C watches."""
+        if not self.writes:
+            return
+        brightness = images.mean().item()
+        pace = self.clock.read(step + 1 - self.last, self.config.iterations - step - 1)
+        self.last = step + 1
+        self.metrics.write(iteration=step, **losses, image_mean=brightness,
+                           image_spread=images.std().item(), **pace)
+        self.bar.set_postfix(loss=f"{losses.get('distill', losses['denoising']):.3g}",
+                             brightness=f"{brightness:.3f}", best=f"{self.best_fid:.4g}")
+
+    def save(self, roles, optimizers, done, scorer=None):
+        if self.unread:
+            self.read()                                 # nothing that is not finite is saved
+        self.clock.pause()
+        scores = scorer.score(roles.ema, self.config.sigmas) if scorer else {}
+        own = str(self.config.stage) if self.config.stage else "heun"
+        fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
+        better = fid < self.best_fid or not self.config.evaluate_every
+        self.best_fid = min(fid, self.best_fid)
+        if self.writes:
+            latest = payload(self.config, roles, optimizers, done, self.best_fid, scores)
+            if better:                                  # before latest.pt, which knows of it
+                save(self.folder / "best.pt", payload(self.config, roles, None, done, fid, scores))
+            if scores:
+                flat = {f"{name}@{k}": v for k, score in scores.items()
+                        for name, v in score.items()}
+                self.metrics.write(iteration=done - 1, **flat)
+                self.bar.write(f"iteration {done}: "
+                               + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
+                save_samples(roles.ema, self.config.sigmas,
+                             self.folder / "samples" / f"{done:06d}.png", self.device)
+            save_latest(self.folder, latest)            # last: what it knows of is on the disk
+        distributed.barrier()
+        self.clock.go_on()
+
+    def stopped(self, done):
+        self.bar.close()
+        if self.writes:
+            print(f"{self.stop.received or 'another rank'}: saved after {done} iterations; the "
+                  "same command goes on", flush=True)
+        return 3
+
+    def finish(self):
+        self.bar.close()
+        if self.writes:
+            draw_curves(read_metrics(self.metrics.path), self.folder / "curves.png")
+        return 0
