@@ -50,7 +50,8 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
     generated, student_losses, adapted_losses = [], {}, {}
     student_optimizer, adapted_optimizer = optimizers
 
-    if student_turn:                                    # every ttur-th iteration: DMD2 Sec. 4.2
+    # Generate, and every ttur-th time update the student (TTUR: DMD2 Sec. 4.2)
+    if student_turn:
         for part in parts:
             last = part is parts[-1]
             with sync_gradients(roles.student_ddp, last), frozen(adapted), autocast():
@@ -95,7 +96,7 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
         with sync_gradients(roles.adapted_ddp, part is parts[-1]), autocast():
             terms = {"denoising": denoising_loss(
                 x0, part.sigma_adapted, part.eps_adapted, part.y, adapted=roles.adapted_ddp,
-                sigma_data=teacher.sigma_data)}
+                sigma_data=student.sigma_data)}
             if config.gan_weight:                       # DMD2 Eq. 4, the discriminator
                 terms["discriminator"] = config.gan_adapted_weight * gan_adapted_loss(
                     x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real, part.eps_real,

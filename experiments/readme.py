@@ -1,46 +1,122 @@
-"""The generated parts of README.md, from recorded runs, presets and the files themselves.
+"""The generated parts of README.md and docs/, from recorded runs, presets and the files themselves.
 
-    python -m experiments.readme            writes them between the "table" and "end" comments
+    python -m experiments.readme            writes them between the "generated" and "end" comments
 """
 
 import ast
-import json
 import re
-from statistics import median
+import textwrap
+from functools import partial
 
+from base.download import PUBLISHED
 from base.errors import Parser, UserError, run
 from base.files import ROOT, write_atomically
-from experiments import digits_tables as tables
+from experiments import digits_tables as tables, speed_tables
 from experiments.digits_tables import markdown
-from metrics.evaluations import records_under, table
+from experiments.speed_tables import result
+from metrics.evaluations import cell, records_under, table
 from presets import PRESETS
 
-README = ROOT / "README.md"
-ROOMS = ("", "base", "weights", "images", "metrics", "training", "experiments")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+ROOMS = ("base", "weights", "images", "metrics", "training", "experiments")
 
 
-def headline():
-    return table(records_under([ROOT / "results" / "embedded"]))
+# ---- Text and code that stand elsewhere too ----
+
+def iteration():
+    return quoted((ROOT / "train.py").read_text())
 
 
-def unforget():
-    return table(records_under([ROOT / "results" / "unforget"]))
+def quoted(source):
+    """The function `iteration` from its first heading comment to its return."""
+    function = next(node for node in ast.parse(source).body
+                    if isinstance(node, ast.FunctionDef) and node.name == "iteration")
+    inside = source.splitlines()[function.lineno:function.body[-1].end_lineno]
+    indent = " " * function.body[-1].col_offset
+    start = next(k for k, line in enumerate(inside) if line.startswith(f"{indent}# "))
+    return f"```python\n{textwrap.dedent(chr(10).join(inside[start:]))}\n```"
 
 
-def presets():
+def deviations():
+    """A line for each heading of docs/DEVIATIONS.md that has a number: what stands in italics."""
+    page = (ROOT / "docs" / "DEVIATIONS.md").read_text()
+    return "\n".join(f"{number}. [{title}](docs/DEVIATIONS.md#{slug(f'{number}. {title}')}): {what}"
+                     for number, title, what in re.findall(
+                         r"^## (\d+)\. (.+)\n\n_(.+)_$", page, flags=re.MULTILINE))
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def says_of_itself(path):
+    return ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+
+
+def rooms():
+    return markdown(["room", "what it knows"],
+                    [[f"`{room}/`", says_of_itself(ROOT / room / "__init__.py")]
+                     for room in ROOMS])
+
+
+def files():
+    """Every script with the first line of what it says of itself, by room."""
+    parts = []
+    for room in ("", *ROOMS):
+        paths = sorted((ROOT / room).glob("[!_]*.py"))
+        about = says_of_itself(ROOT / room / "__init__.py") if room else (
+            "The commands, and the mathematics.")
+        parts += [f"## {room or 'The root'}", about, markdown(
+            ["file", "what it does"],
+            [[f"[`{path.name}`](../{path.relative_to(ROOT)})", says_of_itself(path)]
+             for path in paths])]
+    return "\n\n".join(parts)
+
+
+def presets(dataset):
     rows = []
-    for (dataset, method, stage, variant), p in PRESETS.items():
-        if dataset != "digits":
-            flags = [f"--dataset {dataset}", f"--method {method}" * (method != "pmdd"),
-                     f"--stage {stage}", f"--variant {variant}" * bool(variant)]
-            fid = "-" if p.paper_fid is None else f"{p.paper_fid:.2f}"
-            cells = [f"`{' '.join(filter(None, flags))}`", p.source, p.gpus, p.hours,
-                     str(p.config.batch), f"{p.config.iterations:,}", f"{p.images / 1e6:,.0f}M",
-                     fid, "not run here"]
-            rows.append(f"| {' | '.join(cells)} |")
-    head = ["train.py", "source", "authors' hardware", "hours", "batch", "iterations", "images",
-            "paper's FID", "ours"]
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows])
+    for (of, method, stage, variant), p in PRESETS.items():
+        if of == dataset:
+            flags = [f"--method {method}" * (method != "pmdd"), f"--stage {stage}",
+                     f"--variant {variant}" * bool(variant)]
+            hours = "" if p.hours == "-" else f"; hours: {p.hours}"
+            rows.append([f"`{' '.join(filter(None, flags))}`", p.source, p.gpus + hours,
+                         str(p.config.batch), f"{p.config.iterations:,}",
+                         f"{p.images / 1e6:,.0f}M",
+                         "-" if p.paper_fid is None else f"{p.paper_fid:.2f}"])
+    return markdown([f"`train.py --dataset {dataset}`", "source", "authors' hardware", "batch",
+                     "iterations", "images", "paper's FID"], rows)
+
+
+def published():
+    """What may be downloaded, and how it is known to be the right file."""
+    rows = []
+    for entry in PUBLISHED.values():
+        known = [name for name, value in (("sha256", entry.sha256), ("md5", entry.md5),
+                                          ("size", entry.size)) if value]
+        rows.append([f"[{entry.name}]({entry.urls[0]})", " and ".join(known) or "being whole",
+                     entry.licence])
+    return markdown(["file", "checked by", "licence"], rows)
+
+
+# ---- Figures of students and teachers ----
+
+def summary():
+    """Five rows of the headline: the student, and its teacher at as many evaluations and at few."""
+    found = {entry["evaluations"]: entry for entry in records_under([ROOT / "results/embedded"])}
+    rows = []
+    for count in (1, 2, 3, 35, 9):
+        entry, figures = found[count], found[count]["figures"]
+        what = f"student, {entry['what']}" if count <= 3 else f"teacher, {count} evaluations"
+        rows.append([what, cell(figures["digits-FID"], "{:.3f}"),
+                     cell(figures["right_class"], "{:.2%}")])
+    return markdown(["", "digits-FID", "right class"], rows)
+
+
+def evaluations(folder):
+    """Every row that evaluate.py recorded there, and the protocols that they stand for."""
+    return table(records_under([ROOT / "results" / folder])).replace("\nProtocol", "\n- Protocol")
 
 
 def heldout():
@@ -51,157 +127,17 @@ def heldout():
                      for name in ("seen", "unseen")])
 
 
-def files():
-    """Every script with the first line of what it says of itself."""
-    rows = []
-    for path in [path for room in ROOMS for path in sorted((ROOT / room).glob("*.py"))]:
-        line = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
-        rows.append(f"| `{path.relative_to(ROOT)}` | {line} |")
-    return "\n".join(["| file | |", "|---|---|", *rows])
+def in_two(make):
+    """A table of cells "digits-FID; right class" as one table for each."""
+    heading, _, *rows = [line.strip("| ").split(" | ") for line in make().splitlines()]
+    paired = [k for k in range(len(heading)) if k == 0 or any("; " in row[k] for row in rows)]
+    distances = [[one.split("; ")[0] for one in row] for row in rows]
+    shares = [[row[k].split("; ")[-1] for k in paired] for row in rows if "; " in row[1]]
+    return (f"digits-FID:\n\n{markdown(heading, distances)}\n\nRight class:\n\n"
+            + markdown([heading[k] for k in paired], shares))
 
 
-def result(name):
-    return json.loads((ROOT / "results" / name).read_text())
-
-
-def speed():
-    """What the measuring scripts in results/ recorded."""
-    fid, network = result("fid-speed.json"), result("network-speed.json")
-    sampling = result("sampling-speed.json")
-    few, many = sampling["evaluate.py at 1, 2 and 3 steps"]
-    passes = next(v for k, v in sampling.items() if k.startswith("one pass"))
-    ratios = network["ratio_ours_to_grouped"]
-    rows = [
-        ("Inception features, images a second, against torch-fidelity",
-         f"{fid['inception']['median']['ours']:.1f} against "
-         f"{fid['inception']['median']['torch_fidelity']:.1f}: "
-         f"{fid['inception']['ratio_of_medians']:.2f} times", "measure_fid_speed.py"),
-        ("Frechet distance, 2048 x 2048, against scipy's sqrtm",
-         f"{median(fid['frechet']['ours_seconds']):.2f} s against "
-         f"{fid['frechet']['sqrtm_seconds']:.2f} s: {fid['frechet']['ratio']:.1f} times faster",
-         "measure_fid_speed.py"),
-        ("CIFAR-10 network, batch 8, against resampling by grouped convolutions",
-         f"forward {ratios['forward']:.2f}, forward and backward "
-         f"{ratios['forward and backward']:.2f} of its time", "measure_network_speed.py"),
-        (f"{many['images']:,} digits sampled and scored at 1, 2 and 3 steps",
-         f"{many['seconds'] / 60:.1f} minutes, {many['peak_mb']} MB at the peak "
-         f"({few['images']:,} images: {few['peak_mb']} MB)", "measure_sampling_speed.py"),
-        ("One sampling pass of the digits network, time against fp32",
-         f"bf16 {passes['bf16']['ratio_to_fp32']:.2f}, "
-         f"channels_last {passes['channels_last']['ratio_to_fp32']:.2f}",
-         "measure_sampling_speed.py")]
-    return "\n".join([f"| what | measured on {sampling['cores']} CPU cores | by |", "|---|---|---|",
-                      *(f"| {what} | {figure} | `experiments/{script}` |"
-                        for what, figure, script in rows)])
-
-
-def number(value):
-    """Three digits, or all of them before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def benchmarks():
-    """Every run of every bench.py record, by dataset, stage and loss."""
-    records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("bench-*.json")]
-    runs = [one | {"threads": record["threads"], "device": record["device"]}
-            for record in records for one in record.get("runs", ())]
-    return sorted(runs, key=lambda one: (one["dataset"] != "digits", one["threads"], one["stage"],
-                                         one["loss"]))
-
-
-def on_gpu(one, what, say):
-    """The same preset where it was measured on a GPU."""
-    same = [run for run in benchmarks() if run["device"] != "cpu" and what in run and all(
-        run[k] == one[k] for k in ("dataset", "method", "stage", "loss"))]
-    return "; ".join(f"{run['device']}, {run['precision']}: {say(run[what])}"
-                     for run in same) or "not measured"
-
-
-def loop():
-    """Training against its passes limit, from the records of bench.py."""
-    rows = []
-    for one in benchmarks():
-        if one["device"] == "cpu" and "training" in one and "memory" in one:
-            t, m = one["training"], one["memory"]
-            e, share = t["loop_efficiency"], t["share_of_time"]
-            parts = ", ".join(f"{100 * share[k]:.0f}" for k in (
-                "roll-out", "student update", "adapted update", "EMA", "the rest"))
-            rows.append([f"{one['dataset']}, batch {one['batch']}", str(one["threads"]),
-                         f"{one['stage']}, {one['loss']}",
-                         f"{e['median']:.3f} ({e['least']:.3f} to {e['most']:.3f})",
-                         f"{t['seconds_of_an_iteration']['median']:.2f}",
-                         number(t["images_a_second"]), parts,
-                         f"{100 * share['clipping and AdamW']:.0f}",
-                         *(f"{m[what]['against_plan']:.2f} of {m[what]['plan_mib']:,.0f}"
-                           if what in m else "not measured" for what in ("tensors", "process")),
-                         on_gpu(one, "training", lambda t: f"{number(t['images_a_second'])}, "
-                                f"efficiency {t['loop_efficiency']['median']:.3f}")])
-    head = ["network", "threads", "stage, loss", "loop efficiency", "seconds an iteration",
-            "images a second", "% in roll-out, student, adapted, EMA, rest",
-            "% in clipping and AdamW", "tensors, of MiB planned", "process, of MiB planned",
-            "on a GPU"]
-    return markdown(head, rows)
-
-
-def sampling_cost():
-    """Sampling and scoring, from the records of bench.py."""
-    rows = []
-    for one in benchmarks():
-        if (one["device"] == "cpu" and "sampling" in one
-                and "share_of_training" in one.get("scoring", {})):
-            s, f = one["sampling"], one["scoring"]
-            steps = [s[k] for k in ("1 step", "2 steps", "3 steps")]
-            rows.append([f"{one['dataset']}, stage {one['stage']}", str(one["threads"]),
-                         str(s["batch"]),
-                         ", ".join(number(v["images_a_second"]) for v in steps),
-                         ", ".join(f"{v['time_against_forwards']['median']:.2f}" for v in steps),
-                         number(s["teacher, Heun, 18 steps"]["images_a_second"]),
-                         number(f["features_a_second"]), f"{f['frechet_seconds']:.2g}",
-                         f"{100 * f['share_of_training']:.0f}%",
-                         on_gpu(one, "sampling", lambda s: number(s["1 step"]["images_a_second"])
-                                + " images a second at 1 step")])
-    head = ["network", "threads", "batch", "images a second at 1, 2, 3 steps",
-            "time / single forwards",
-            "teacher, 18 Heun steps", "feature images a second", "one Frechet distance, s",
-            "evaluation / training", "on a GPU"]
-    return markdown(head, rows)
-
-
-def many_gpus():
-    """On paper; nothing of it is measured."""
-    scaling = result("bench-scaling.json")
-    rows = [[row["dataset"], str(row["stage"]), str(row["gpus"]), f"{row['iterations']:,}",
-             f"{row['teraflops_of_an_iteration']:,.0f}",
-             f"{row['gradient_bytes_of_an_iteration'] / 1e9:.2f}",
-             f"{1e3 * row['seconds_of_arithmetic']:.0f}",
-             f"{1e3 * row['seconds_of_all_reduce']:.0f}",
-             f"{row['hours']:,.1f}" + ("" if row["batch_divides"] else " (*)"),
-             f"{row['hours_of_evaluations']:,.1f}"]
-            for row in scaling["computed"]]
-    head = ["preset", "stage", "GPUs", "iterations", "TFLOP an iteration",
-            "GB of gradients an iteration", "ms of arithmetic", "ms of all-reduce",
-            "hours of training", "of evaluations"]
-    a = scaling["assumed"]
-    return markdown(head, rows) + (
-        "\n\nComputed, not measured: the slower of TFLOP / (GPUs x "
-        f"{a['peak_teraflops']} TFLOP/s x "
-        f"utilisation {a['utilisation']}) and of 2 (N - 1) / N times the gradients over "
-        f"{a['all_reduce_bytes_a_second'] / 1e9:.0f} GB/s. An evaluation's samples at "
-        f"{a['peak_teraflops_tf32']}, its features at {a['peak_teraflops_fp32']} TFLOP/s; "
-        "`--evaluate-every` makes fewer. All rates are assumptions.\n"
-        "(*) that batch cannot be divided by so many processes; `--batch` has to change.")
-
-
-def scaling():
-    """What bounds each measured curve."""
-    curves = result("bench-scaling.json")["measured"]
-    rows = []
-    for name, curve in curves.items():
-        points = curve["points"]
-        rows.append([name, ", ".join(str(p[name]) for p in points), ", ".join(
-            f"{1e3 * p['seconds_of_an_iteration']:.0f}" for p in points), curve["bound"]])
-    return markdown(["against", "at", "ms an iteration", "bound by"], rows)
-
+# ---- Reliability ----
 
 def soak():
     """What the long version of the fault tests has done, and how often."""
@@ -232,33 +168,43 @@ def soak():
         ("wrong answers of a server, through the commands", hostile["bad_answers_of_a_server"],
          "one line, exit code 2, no file left"),
         ("random files and command lines", f"{r['fuzzing']['cases']:,}",
-         "no traceback, exit codes as below, nothing written outside")]
+         "no traceback, exit codes as in the README, nothing written outside")]
     lines = [f"| {what} | {count} | {then} |" for what, count, then in rows]
     return "\n".join(["| what was done to it | times | what came of it |", "|---|---|---|", *lines,
                       "", f"Seed {r['seed']}, {r['seconds'] / 60:.0f} minutes; torch "
                       f"{r['versions']['torch']}, {r['versions']['device']}."])
 
 
-TABLES = {"headline": headline, "presets": presets, "files": files, "speed": speed, "soak": soak,
-          "unforget": unforget, "heldout": heldout, "loop": loop, "sampling_cost": sampling_cost,
-          "scaling": scaling, "many_gpus": many_gpus, **tables.TABLES}
+# ---- The pages ----
+
+PARTS = {"headline": partial(evaluations, "embedded"),
+         "unforget": partial(evaluations, "unforget"),
+         "presets_cifar10": partial(presets, "cifar10"),
+         "presets_imagenet64": partial(presets, "imagenet64"),
+         **{f.__name__: f for f in (
+             iteration, deviations, rooms, files, published, summary, heldout, soak)},
+         **speed_tables.TABLES, **tables.TABLES,
+         "budgets": partial(in_two, tables.budgets),
+         "unforget_weights": partial(in_two, tables.unforget_weights)}
 
 
 def filled(text):
-    """The README with every table made again."""
+    """A page with every generated part made again."""
     def block(match):
         name = match[1]
-        if name not in TABLES:
-            raise UserError(f"README.md asks for a table {name!r}; known: {', '.join(TABLES)}")
-        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+        if name not in PARTS:
+            raise UserError(f"a page asks for a part {name!r}; known: {', '.join(PARTS)}")
+        return f"<!-- generated: {name} -->\n{PARTS[name]()}\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+    return re.sub(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
 
 
 def main():
-    Parser(prog="readme.py", description="Fill in README.md's generated parts.").parse_args()
-    text = filled(README.read_text())
-    write_atomically(README, lambda temporary: temporary.write_text(text))
+    Parser(prog="experiments.readme",
+           description="Fill in the generated parts of README.md and docs/.").parse_args()
+    for page in PAGES:
+        text = filled(page.read_text())
+        write_atomically(page, lambda temporary, text=text: temporary.write_text(text))
 
 
 if __name__ == "__main__":
