@@ -54,8 +54,8 @@ class Storage:
 class Budget:
     """What reading may still cost: opcodes, characters of text, bytes made by repeated calls."""
 
-    def __init__(self, size):
-        self.opcodes, self.text, self.copies = MAX_OPCODES, MAX_TEXT, size
+    def __init__(self, size, opcodes=MAX_OPCODES, text=MAX_TEXT):
+        self.opcodes, self.text, self.copies = opcodes, text, size
 
     def spend(self, **costs):
         for name, cost in costs.items():
@@ -80,7 +80,7 @@ class Reader:
         return self.file.readline(256)
 
 
-def read_pickle(source):
+def read_pickle(source, budget=Budget):
     """Plain values, tensors and inert records of a pickle: a path, or its bytes."""
     inline = isinstance(source, (bytes, bytearray))
     where = "pickle" if inline else str(source)
@@ -88,7 +88,7 @@ def read_pickle(source):
         with io.BytesIO(source) if inline else open(source, "rb") as file:
             size = file.seek(0, io.SEEK_END)
             file.seek(0)
-            value = interpret(Reader(file, size), Budget(size), CALLS)
+            value = interpret(Reader(file, size), budget(size), CALLS)
             require(not file.read(1), "data after its end")
             return value
     except UnsafePickle as error:

@@ -1,0 +1,96 @@
+"""A student as a folder that diffusers samples, and back.
+
+A U-Net in safetensors under diffusers' names, the scheduler that makes our alternation, and a model
+card. sampling.json holds what sampling needs besides: the timesteps and the base pipeline's name.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from text_to_image import build, library, load_unet, read_json, reading, require
+from weights import checkpoint
+
+CARD = Path(__file__).parents[1] / "assets" / "model_card.md"
+LICENCES = {"stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++",
+            "stable-diffusion-xl": "openrail++"}
+
+
+def lcm_scheduler(schedule, prediction_type, timesteps):
+    """diffusers' LCMScheduler, so set that it makes our alternation at these timesteps."""
+    levels = schedule["num_train_timesteps"]
+    # It warns of timesteps off its grid of n: the coarsest that has them all.
+    grid = next(n for n in range(1, levels + 1)
+                if set(timesteps) <= {k * (levels // n) - 1 for k in range(1, n + 1)})
+    return library("diffusers").LCMScheduler(
+        **schedule, prediction_type=prediction_type, original_inference_steps=grid,
+        timestep_scaling=1e6,           # its default of 10 mixes a little of x_t into x0
+        steps_offset=1)                 # unused; pipelines complain where it is not 1
+
+
+def licence(base):
+    """What the base's own card says, else what its name is known for."""
+    card = Path(base) / "README.md"
+    said = re.search(r"^license: *(\S+)", card.read_text(), re.M) if card.is_file() else None
+    known = [value for name, value in LICENCES.items() if name in str(base)]
+    return said[1] if said else [*known, "other"][0]
+
+
+def model_card(base, timesteps, facts):
+    counts = range(1, len(timesteps) + 1)
+    return CARD.read_text().format(
+        base=base, base_model="" if Path(base).exists() else f"base_model: {base}\n",
+        licence=licence(base), title=f"{Path(base).name}, distilled to {len(timesteps)} steps",
+        steps=" or ".join(map(str, counts)) + " step" + "s" * (len(timesteps) > 1),
+        timesteps=timesteps,
+        prefixes=", ".join(f"{n}: `{timesteps[:n]}`" for n in counts),
+        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()))
+
+
+def export(network, base, sigmas, out, facts):
+    """Write the folder `out`, whole or not at all; returns the timesteps nearest to the sigmas."""
+    out = Path(out)
+    require(not out.exists(), f"{out} exists; give a new folder")
+    timesteps = network.timestep(torch.tensor(sigmas, dtype=torch.float64)).tolist()
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        network.unet.save_pretrained(temporary)
+        lcm_scheduler(network.config["schedule"], network.config["prediction_type"],
+                      timesteps).save_pretrained(temporary / "scheduler")
+        sampling = {"base": str(base), "timesteps": timesteps, "facts": facts}
+        (temporary / "sampling.json").write_text(json.dumps(sampling, indent=1) + "\n")
+        (temporary / "README.md").write_text(model_card(base, timesteps, facts))
+        for path in temporary.rglob("*.*"):
+            path.chmod(0o644)           # safetensors writes for its owner alone
+        os.sync()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return timesteps
+
+
+def load_exported(folder):
+    """(network, sigmas, the base pipeline's name) of a folder that export() wrote."""
+    folder = Path(folder)
+    sampling, network = read_json(folder / "sampling.json"), load_unet(folder, folder / "scheduler")
+    with reading(folder / "sampling.json"):
+        return network, network.levels.table[sampling["timesteps"]].tolist(), sampling["base"]
+
+
+def main():
+    """python text_to_image.py export BEST.pt OUT"""
+    require(len(sys.argv) == 4 and sys.argv[1] == "export",
+            "usage: python text_to_image.py export BEST.pt OUT")
+    payload = checkpoint.load(sys.argv[2], needs=("network", "sigmas", "ema"))
+    config = dict(payload["network"])
+    require("unet" in config, f"{sys.argv[2]} is no text-to-image student")
+    base, network = config.pop("pipeline"), build(config)
+    network.load_state_dict(payload["ema"], assign=True)
+    facts = {name: payload[name] for name in ("method", "stage", "iteration") if name in payload}
+    timesteps = export(network, base, payload["sigmas"], sys.argv[3], facts)
+    print(f"{sys.argv[3]}: timesteps {timesteps}; its README.md has the code that samples it")
