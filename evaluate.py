@@ -24,7 +24,7 @@ from base.distributed import from_rank_zero, say
 from base.errors import UserError, run
 from base.files import ASSETS, file_digest, shown, versions
 from base.progress import progress
-from images.from_seeds import heun, prepare, sample_block, seed_blocks
+from images.from_seeds import choose_classes, heun, prepare, sample_block, seed_blocks
 from images.real import open_images
 from images.sets import open_npz
 from metrics.evaluations import read_records, record, records_under, table
@@ -159,7 +159,8 @@ def network_job(opened, sampler, what, sampling, args, device):
                 "source": {"file": opened.name, "sha256": file_digest(opened.path)}}
 
     def task(seeds):
-        return sample_block(network, seeds, sampler, labels, device, args.precision)
+        asked = choose_classes(labels, seeds, classes)
+        return sample_block(network, seeds, sampler, asked, device, args.precision)
 
     return Job(what, network.shape, opened.dataset, task, [protocol | s for s in sampling], n,
                partial(seed_blocks, network=network, device=device), opened.path, opened.ours)

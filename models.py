@@ -32,6 +32,7 @@ class Levels(NamedTuple):
     table: torch.Tensor         # [N] float64
     at: Callable                # share of the way from the lowest (0) to the highest (1) -> sigma
     first_scale: Callable       # sigma of the first step -> what z is multiplied by to be its input
+    trained: Callable           # sampler of the noise that it was trained with
 
     def to(self, device):
         return self._replace(table=self.table.to(device))
@@ -43,10 +44,6 @@ def karras(fraction):
         return SIGMA_MAX
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
     return (low + fraction * (high - low)) ** RHO
-
-
-# The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
-KARRAS = Levels(karras(torch.arange(1000, dtype=torch.float64) / 999), karras, lambda sigma: sigma)
 
 
 # Each sampler: (levels, batch, generator) -> sigma [B,1,1,1], float32, on the device of the levels.
@@ -72,9 +69,19 @@ def sigma_sid(levels, batch, generator):
 
 
 def sigma_lognormal(levels, batch, generator, mean=-1.2, std=1.2):
-    """EDM's training noise; also SiD's adapted network."""
+    """EDM's training noise."""
     normal = torch.randn(batch, 1, 1, 1, generator=generator, device=levels.table.device)
     return (mean + std * normal).exp()
+
+
+def sigma_trained(levels, batch, generator):
+    """The noise that the teacher was trained with: SiD's adapted network, and a new teacher."""
+    return levels.trained(levels, batch, generator)
+
+
+# The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
+KARRAS = Levels(karras(torch.arange(1000, dtype=torch.float64) / 999), karras, lambda sigma: sigma,
+                sigma_lognormal)
 
 
 # ---- Conditions ----
@@ -84,6 +91,7 @@ class Conditions(NamedTuple):
     count: int                  # 0: nothing can be asked for
     embed: Callable             # index [B] -> y [B,...]; None where count is 0
     null: torch.Tensor | None   # y of no condition, broadcastable to y: for guidance
+    on_host: bool = False       # whether an index is looked up on the host, as of prompts
 
 
 def classes_as_conditions(label_dim):
@@ -96,11 +104,12 @@ def classes_as_conditions(label_dim):
 class Guided(nn.Module):
     """Classifier-free guidance (arXiv:2207.12598): D(null) + w (D(y) - D(null)), exact in x0."""
 
-    def __init__(self, network, weight, null):
+    def __init__(self, network, weight):
         super().__init__()
         self.network, self.weight = network, weight
-        self.register_buffer("null", null, persistent=False)
-        self.shape, self.levels, self.conditions = network.shape, network.levels, network.conditions
+        self.register_buffer("null", network.conditions.null, persistent=False)
+        for name in ("shape", "levels", "conditions", "pixels"):
+            setattr(self, name, getattr(network, name))
 
     def forward(self, x_t, sigma, y):
         both = torch.cat([self.null.to(y).expand_as(y), y])
@@ -203,7 +212,7 @@ def sample_seeds(network, seeds, sampler, asked=None, device="cpu"):
         return sampler(network, z, None, noise), None
     drawn = noise.indices(conditions.count)
     index = drawn if asked is None else torch.as_tensor(asked, device=device)
-    return sampler(network, z, conditions.embed(index).to(z.dtype), noise), index
+    return sampler(network, z, conditions.embed(index).to(z), noise), index
 
 
 def to_uint8(x0):

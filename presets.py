@@ -10,7 +10,8 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 from losses import dm_loss, sid_loss
-from models import KARRAS, sigma_dm, sigma_grid, sigma_lognormal, sigma_sid
+from models import KARRAS, sigma_dm, sigma_grid, sigma_sid, sigma_trained
+from text_to_image import noise_table, variance_preserving
 
 
 class StudentLoss(NamedTuple):
@@ -24,21 +25,25 @@ LOSSES = {
     "dm": StudentLoss(lambda config: partial(dm_loss, weighting=config.dm_weighting),
                       sigma_dm, sigma_grid),
     "sid": StudentLoss(lambda config: partial(sid_loss, alpha=config.alpha),
-                       sigma_sid, sigma_lognormal),
+                       sigma_sid, sigma_trained),
     "none": StudentLoss(lambda config: None, sigma_dm, sigma_grid)}     # the extra terms alone
 
 
 class Dataset(NamedTuple):
     """What a name given to --dataset stands for."""
-    network: dict               # architecture of its teacher
+    network: dict               # architecture of its teacher; with "unet" in it, of text to image
     teacher: str                # published name, or file of this repository
-    reference: str              # of its FID, likewise
+    reference: str = ""         # of its FID, likewise; "": the user's own
     unconditional: str = ""     # its published teacher without classes
     data: str = ""              # its real images, where they need no --data
     student: str = ""           # a file of this repository
     class_names: tuple = ()
     hint: str = ""              # part of its published files' names
 
+
+SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                   num_train_timesteps=1000)
+SD_LEVELS = variance_preserving(noise_table(**SD_SCHEDULE))
 
 DATASETS = {
     "digits": Dataset(
@@ -64,8 +69,12 @@ DATASETS = {
     "afhqv2-64": Dataset(
         dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet", augment_dim=9,
              model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.25),
-        "edm-afhqv2-64x64-uncond-vp", "fid-afhqv2-64x64", hint="afhqv2")}
-DIGITS, CIFAR10, IMAGENET64 = (DATASETS[name] for name in ("digits", "cifar10", "imagenet64"))
+        "edm-afhqv2-64x64-uncond-vp", "fid-afhqv2-64x64", hint="afhqv2"),
+    "sd15": Dataset(
+        dict(unet=dict(sample_size=64, cross_attention_dim=768), prediction_type="epsilon",
+             schedule=SD_SCHEDULE), "stable-diffusion-v1-5/stable-diffusion-v1-5")}
+DIGITS, CIFAR10, IMAGENET64, SD15 = (DATASETS[name] for name in (
+    "digits", "cifar10", "imagenet64", "sd15"))
 
 
 def sigmas_at(*fractions):
@@ -78,6 +87,8 @@ EQUAL_WIDTH_SIGMAS = sigmas_at(1, 0.67, 0.33)   # 80, 9.96, 0.452: PMDD's other 
 # 80, 0.632, 0.170: a pixel of 8x8 stands for 16 of 32x32, whose mean has a quarter of the noise, so
 # 2.515 / 4 hides as much of a digit as 2.515 of a CIFAR-10 image.
 DIGITS_SIGMAS = sigmas_at(1, 0.36, 0.25)
+# 14.61, 1.613, 0.693: PMDD's fractions as whole timesteps of Stable Diffusion (Deviation 14).
+SD_SIGMAS = tuple(SD_LEVELS.table[[999, 499, 249]].tolist())
 
 
 def option(default, text, choices=None):
@@ -92,6 +103,7 @@ class Config:
                          ("pmdd", "dmd", "dmd2", "sid"))
     stage: int = option(1, "steps of the student; 0 trains a teacher with EDM's loss")
     teacher: str = option("", "published name, or file, of the pretrained denoiser")
+    guidance: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
     start_from: str = option("", "checkpoint whose student and adapted network start this run; "
                                  "empty: the stage before, or the teacher")
     sigmas: tuple = option(PMDD_SIGMAS[:1], "noise level of each step, largest first")
@@ -141,6 +153,7 @@ class Preset:
     source: str                 # where the row stands
     gpus: str                   # what the authors ran it on
     paper_fid: float | None     # what they report; None where they report none
+    paper_clip: float | None = None     # CLIP score, likewise
     hours: str = "-"            # how long it took them, where they say
 
     @property
@@ -157,7 +170,7 @@ IMAGENET64_ROW = Config(dataset="imagenet64", teacher=IMAGENET64.teacher, iterat
 
 
 def schedule(dataset):
-    return DIGITS_SIGMAS if dataset == "digits" else PMDD_SIGMAS
+    return {"digits": DIGITS_SIGMAS, "sd15": SD_SIGMAS}.get(dataset, PMDD_SIGMAS)
 
 
 def later(base, stage, **changes):
@@ -184,6 +197,15 @@ DIGITS_ROW = Config(teacher=DIGITS.teacher, iterations=4000, batch=128, ttur=2, 
 OURS, CPU = "ours, for the embedded digits", "2 CPU cores"
 A100 = "4 A100"
 
+# ---- Stable Diffusion v1.5: PMDD A.3; DMD B.3 and B.4; DMD2 F.3 ----
+SD15_ROW = Config(dataset="sd15", teacher=SD15.teacher, guidance=1.75, sigmas=SD_SIGMAS[:1],
+                  loss="dm", iterations=120_000, batch=120, learning_rate=5e-6, ttur=10,
+                  ema_halflife=100_000, evaluate_every=5_000, evaluate_images=30_000)
+SD15_DMD = replace(SD15_ROW, **DMD, guidance=3.0, iterations=20_000, batch=2304, learning_rate=1e-5,
+                   ema_halflife=500_000, regression_pairs=500_000, regression_steps=25)
+SD15_DMD2 = replace(SD15_ROW, method="dmd2", iterations=40_000, batch=2048, learning_rate=1e-5,
+                    ema_halflife=500_000)
+
 # (dataset, method, stage, variant) -> row. The variant is --variant, "" without it.
 PRESETS = {
     ("cifar10", "pmdd", 1, ""): Preset(CIFAR10_ROW, "PMDD A.1, Table 5", A100, 2.52),
@@ -198,11 +220,11 @@ PRESETS = {
     ("imagenet64", "pmdd", 2, ""): Preset(
         later(IMAGENET64_ROW, 2, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3,
               ema_halflife=50_000),
-        "PMDD A.2, Table 5 (Table 4: 1.99)", A100, 1.95, "about 24"),
+        "PMDD A.2, Table 5 (Table 4: 1.99)", A100, 1.95, hours="about 24"),
     ("imagenet64", "pmdd", 3, ""): Preset(
         later(IMAGENET64_ROW, 3, learning_rate=8e-7, iterations=40_000, unforget_weight=0.3,
               ema_halflife=50_000),
-        "PMDD A.2, Table 5", A100, 2.14, "about 24"),
+        "PMDD A.2, Table 5", A100, 2.14, hours="about 24"),
 
     ("cifar10", "dmd", 1, ""): Preset(DMD_CIFAR10, "DMD B.1, Table 6", "7 GPUs", 2.66),
     ("cifar10", "dmd", 1, "unconditional"): Preset(
@@ -213,7 +235,7 @@ PRESETS = {
                 regression_steps=256), "DMD B.2, Table 1", "7 GPUs", 2.62),
 
     ("imagenet64", "dmd2", 1, ""): Preset(DMD2_IMAGENET64, "DMD2 F.2, Table 3", "7 A100", 1.51,
-                                       "about 48"),
+                                       hours="about 48"),
     ("imagenet64", "dmd2", 1, "no-gan"): Preset(
         replace(DMD2_IMAGENET64, gan_weight=0.0, iterations=400_000),
         "DMD2 F.2, first part of the longer training; Table 3", "7 A100", 2.61),
@@ -221,7 +243,7 @@ PRESETS = {
         replace(DMD2_IMAGENET64, learning_rate=5e-7, iterations=150_000,
                 start_from="runs/imagenet64-dmd2-no-gan/stage1/best.pt"),
         "DMD2 F.2, second part of the longer training; Table 1", "7 A100", 1.28,
-        "about 120 with no-gan"),
+        hours="about 120 with no-gan"),
     ("cifar10", "dmd2", 1, ""): Preset(
         replace(CIFAR10_ROW, **DMD2),
         "ours: DMD2 has no CIFAR-10 row; its terms, PMDD's A.1 otherwise",
@@ -236,6 +258,33 @@ PRESETS = {
     ("imagenet64", "sid", 1, ""): Preset(
         replace(IMAGENET64_ROW, **SID, iterations=122_070, batch=8192, learning_rate=4e-6,
                 ema_halflife=2_000_000), "SiD, published code's README", "4 GPUs", 1.524),
+
+    ("sd15", "pmdd", 1, ""): Preset(SD15_ROW, "PMDD A.3, Table 2", "3 H100", 10.41, 0.302),
+    ("sd15", "pmdd", 2, ""): Preset(
+        later(SD15_ROW, 2, learning_rate=8e-7, iterations=16_000, batch=20, ttur=5,
+              unforget_weight=0.3, ema_halflife=10_000, evaluate_every=1_000),
+        "PMDD A.3, Tables 2 and 6", "1 H100", 8.63, 0.30, "about 12"),
+    ("sd15", "pmdd", 3, ""): Preset(
+        later(SD15_ROW, 3, learning_rate=8e-7, iterations=16_000, batch=20, ttur=5,
+              unforget_weight=0.01, ema_halflife=10_000, evaluate_every=1_000),
+        "PMDD A.3, Table 2 (guidance 1: 8.26)", "1 H100", 8.50, 0.302, "about 12"),
+    ("sd15", "dmd", 1, ""): Preset(SD15_DMD, "DMD B.3, Table 3", "72 A100", 11.49, None, "36"),
+    ("sd15", "dmd", 1, "guidance-8"): Preset(
+        replace(SD15_DMD, guidance=8.0, iterations=165_000, batch=2560,
+                regression_pairs=12_000_000),
+        "DMD B.4, Table 4, without the changes on the way of its Table 5", "about 80 A100", 14.93,
+        0.320, "about 336"),
+    ("sd15", "dmd2", 1, ""): Preset(
+        SD15_DMD2, "DMD2 F.3, first stage", "64 A100", 9.28, None, "25"),
+    ("sd15", "dmd2", 1, "gan"): Preset(
+        replace(SD15_DMD2, learning_rate=5e-7, iterations=5_000, gan_weight=1e-3,
+                ema_halflife=100_000, start_from="runs/sd15-dmd2/stage1/best.pt"),
+        "DMD2 F.3, second stage; Table 5", "64 A100", 8.35, 0.30, "2"),
+    ("sd15", "sid", 1, ""): Preset(
+        replace(SD15_ROW, method="sid", loss="sid", guidance=1.5, ttur=1, batch=512,
+                learning_rate=1e-6, betas=(0.0, 0.999), weight_decay=0.0, clip=0.0, alpha=1.0,
+                sigmas=(SD_LEVELS.table[625].item(),), iterations=20_000),
+        "ours, after SiD-LSG (arXiv:2406.01561); PMDD A.3: sid gave no gain", "none", None),
 
     ("digits", "pmdd", 1, ""): Preset(DIGITS_ROW, OURS, CPU, None),
     ("digits", "pmdd", 2, ""): Preset(

@@ -2,16 +2,17 @@
 
     python sample.py --steps 3                      a grid, class by class, of the newest student
     python sample.py --compare                      the same noise through teacher and student
+    python sample.py --checkpoint runs/sd15-pmdd/stage3/best.pt --prompt "a fox" "a red car"
     python sample.py --heun 18                      the teacher
     python sample.py --n 50000 --out samples.zip    files for other programs: .zip, .npz or a folder
     torchrun --nproc_per_node=4 sample.py ...       shared out; on CPU the same bits
 """
 
-import os
+import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
 
@@ -19,16 +20,18 @@ from base import distributed
 from base.distributed import gathered, say
 from base.errors import UserError, run
 from base.progress import progress
-from images.from_seeds import every_step, heun, prepare, sample_block, seed_blocks
+from images.from_seeds import choose_classes, every_step, heun, prepare, sample_block, seed_blocks
 from images.pictures import grid, save_png
-from images.sets import write_folder, write_npz, write_zip
+from images.prompts import read_prompts
+from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
-from models import sample_student
+from models import Guided, sample_student
 from presets import DATASETS
 from weights.opening import (LARGEST_NUMBER, Opened, Parser, check_sigmas, churn_options,
                              open_student, open_teacher, steps_text)
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
+TEXT_GUIDANCE = 3.0             # of a text-to-image teacher, as DMD has it
 
 
 # ---- Command line ----
@@ -44,8 +47,9 @@ def parse(argv=None):
     what.add_argument("--compare", action="store_true",
                       help="one picture: teacher, then 1, 2, .. steps, of the same noise")
     what.add_argument("--n", "--number", type=int,
-                      help="images, seeds 0 to n-1 (default: 100; 10 with --compare); after "
-                           "torchrun write --number, it takes --n for its own")
+                      help="images, seeds 0 to n-1 (default: 100; 10 with --compare; with prompts "
+                           "4 of each, 1 with --compare); after torchrun write --number, it takes "
+                           "--n for its own")
     what.add_argument("--seeds", help="their seeds instead, one an image: 0-63 or 1,5,7-9")
     labels = what.add_mutually_exclusive_group()
     labels.add_argument("--class", type=int, dest="label", metavar="C",
@@ -53,6 +57,12 @@ def parse(argv=None):
     labels.add_argument("--labels", choices=("random", "balanced"),
                         help="random: drawn from each seed, as EDM; balanced: seed modulo classes "
                              "(default: balanced for a picture of at most 20 classes, else random)")
+    labels.add_argument("--prompt", nargs="+", metavar="TEXT",
+                        help="what a text-to-image network is asked for; --n pictures of each")
+    labels.add_argument("--prompts", metavar="FILE",
+                        help="the same from a file: one a line, or a .json or .jsonl list")
+    what.add_argument("--guidance", type=float, metavar="W",
+                      help="classifier-free guidance of a teacher (default: 3 with prompts, or 1)")
     what.add_argument("--grid", metavar="COLUMNS[xROWS]",
                       help="shape of the picture, in seed order")
     what.add_argument("--out", help="a .png grid, .zip (EDM's layout), .npz (arr_0, arr_1), or a "
@@ -78,14 +88,19 @@ def check(args):
     check_sigmas(args.sigmas)
     churn_options(args.churn)
     args.columns, rows = parse_grid(args.grid)
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance {args.guidance}: must be 0 or more")
+    args.all_prompts = read_prompts(args.prompts) if args.prompts else args.prompt
+    default = ((1 if args.compare else 4) if args.all_prompts else 10 if args.compare else 100)
     args.all_seeds = parse_seeds(args.seeds) if args.seeds else range(
-        args.n or (args.columns * rows if rows else 10 if args.compare else 100))
-    if rows and len(args.all_seeds) > args.columns * rows:
-        raise UserError(f"--grid {args.grid} has no place for {len(args.all_seeds)} images")
+        args.n or (args.columns * rows if rows else default))
+    count = len(args.all_seeds) * len(args.all_prompts or [""])
+    if rows and count > args.columns * rows:
+        raise UserError(f"--grid {args.grid} has no place for {count} images")
     args.kind = kind_of(args.out)
-    if args.kind == "png" and len(args.all_seeds) > LARGEST_GRID:
+    if args.kind == "png" and count > LARGEST_GRID:
         more = "" if args.compare else "; for more give --out a .zip, .npz or folder"
-        raise UserError(f"a picture of {len(args.all_seeds)} images; allowed: {LARGEST_GRID}{more}")
+        raise UserError(f"a picture of {count} images; allowed: {LARGEST_GRID}{more}")
     if args.compare and args.kind != "png":
         raise UserError(f"--compare makes a picture; --out {args.out} is none")
     if args.out:
@@ -119,29 +134,6 @@ def parse_seeds(text):
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text}: names a seed twice")
     return seeds
-
-
-def kind_of(out):
-    suffix = Path(out).suffix.lower() if out else ".png"
-    if suffix not in ("", ".png", ".zip", ".npz"):
-        raise UserError(f"--out {out}: allowed: .png, .zip, .npz, or a folder's name without a dot")
-    return suffix[1:] or "folder"
-
-
-def check_out(path, kind, force):
-    if path.is_dir() != (kind == "folder") and path.exists():
-        raise UserError(f"--out {path} is {'a folder' if path.is_dir() else 'a file'}; "
-                        "choose another name")
-    if kind == "folder" and path.exists():
-        others = [p.name for p in path.iterdir() if p.suffix != ".png" and p.name != "dataset.json"]
-        if others:
-            raise UserError(f"--out {path} holds other things than samples ({others[0]}); choose "
-                            "another name")
-    if path.exists() and not force and (kind != "folder" or any(path.iterdir())):
-        raise UserError(f"--out {path} exists; --force replaces it")
-    above = next(folder for folder in path.resolve().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {path}: cannot write to {above}")
 
 
 # ---- Networks and what is drawn from them ----
@@ -181,14 +173,41 @@ def heun_row(opened, args):
                [f"teacher, {2 * steps - 1} evaluation{'s' * (steps > 1)}"])
 
 
-def draw_block(seeds, rows, labels, device, precision):
-    """One block of seeds through every row, as numpy, so that ranks can pass it on."""
-    images = []
+def guide(row, weight):
+    """Teachers alone are guided: students have it in their weights."""
+    network = row.opened.network
+    if weight is None:
+        weight = TEXT_GUIDANCE if row.opened.base else 1
+    if weight != 1 and not row.opened.sigmas:
+        if network.conditions.null is None:
+            raise UserError("--guidance: this network has no classes or prompts")
+        row.opened.network = Guided(network, weight)
+
+
+class Wanted(NamedTuple):
+    """The images to draw: each has a number, which is its seed where there are no prompts."""
+    numbers: Sequence
+    ask: Callable               # numbers -> (seeds, what each is asked for, or None)
+
+
+def wanted(args, network, labels):
+    seeds = args.all_seeds
+    if not args.all_prompts:
+        count = network.conditions.count
+        return Wanted(seeds, lambda numbers: (numbers, choose_classes(labels, numbers, count)))
+    return Wanted(range(len(seeds) * len(args.all_prompts)), lambda numbers: (
+        [seeds[number % len(seeds)] for number in numbers],
+        [number // len(seeds) for number in numbers]))
+
+
+def draw_block(numbers, ask, rows, device, precision):
+    """One block through every row, as numpy, so that ranks can pass it on."""
+    images, (seeds, asked) = [], ask(numbers)
     for row in rows:
-        drawn, classes = sample_block(row.opened.network, seeds, row.sampler, labels, device,
-                                      precision)
+        drawn, index = sample_block(row.opened.network, seeds, row.sampler, asked, device,
+                                    precision)
         images += [x.cpu().numpy() for x in drawn]
-    return seeds, images, None if classes is None else classes.cpu().numpy()
+    return numbers, images, None if index is None else index.cpu().numpy()
 
 
 def write_picture(path, blocks, args, rows, labels):
@@ -196,16 +215,35 @@ def write_picture(path, blocks, args, rows, labels):
     if not everything:
         return                                              # not rank 0
     variants = [np.concatenate(parts) for parts in zip(*(images for _, images, _ in everything))]
-    columns, row_labels, classes = args.columns, (), everything[0][2]
+    columns, texts, labelled = args.columns, [text for row in rows for text in row.texts], {}
+    if args.all_prompts:
+        return save_png(prompted(variants, args, texts), path)
     if args.compare:
-        columns, row_labels = len(args.all_seeds), [text for row in rows for text in row.texts]
+        columns, labelled = len(args.all_seeds), {"row_labels": texts}
     elif labels == "balanced" and not args.grid:            # a row for each class
         classes = np.concatenate([classes for _, _, classes in everything])
         order, counts = np.argsort(classes, kind="stable"), np.unique(classes, return_counts=True)
         if len(set(counts[1])) == 1:
             variants, columns = [variants[0][order]], counts[1][0]
-            row_labels = [class_name(rows[0].opened.dataset, c) for c in counts[0]]
-    save_png(grid(np.concatenate(variants), columns, row_labels=row_labels), path)
+            labelled = {"row_labels": [class_name(rows[0].opened.dataset, c) for c in counts[0]]}
+    save_png(grid(np.concatenate(variants), columns, **labelled), path)
+
+
+def prompted(variants, args, texts):
+    """A row for each prompt, its caption beside it; to compare, one for each of its seeds."""
+    if not args.compare:
+        return grid(variants[0], len(args.all_seeds), scale=larger(variants[0]),
+                    row_labels=args.all_prompts)
+    captions = [prompt if seed == args.all_seeds[0] else "" for prompt in args.all_prompts
+                for seed in args.all_seeds]
+    images = np.stack(variants, 1).reshape(-1, *variants[0].shape[1:])
+    return grid(images, len(variants), scale=larger(images), row_labels=captions,
+                column_labels=texts)
+
+
+def larger(images):
+    """Small pictures are shown at 128 pixels."""
+    return max(1, 128 // images.shape[2])
 
 
 def class_name(dataset, number):
@@ -214,8 +252,10 @@ def class_name(dataset, number):
 
 
 def choose_labels(args, network):
-    """ "random", "balanced", or one class."""
+    """ "random", "balanced", or one class; with prompts nothing."""
     classes = network.conditions.count
+    if args.all_prompts:
+        return None
     if classes == 0:
         if args.label is not None or args.labels == "balanced":
             raise UserError("--class and --labels: this network has no classes")
@@ -228,16 +268,18 @@ def choose_labels(args, network):
     return args.labels or ("balanced" if by_class else "random")
 
 
-def write(path, blocks, args, rows, labels):
-    network = rows[0].opened.network
+def write(path, blocks, count, args, rows, labels):
     path.parent.mkdir(parents=True, exist_ok=True)
+    if args.all_prompts and args.kind in ("zip", "folder"):     # captions in place of numbers
+        blocks = ((numbers, images, [args.all_prompts[k] for k in index])
+                  for numbers, images, index in blocks)
     if args.kind == "png":
         write_picture(path, blocks, args, rows, labels)
     elif distributed.rank() > 0:
         for _ in blocks:                                    # its share of the work, for rank 0
             pass
     elif args.kind == "npz":
-        write_npz(path, blocks, len(args.all_seeds), network.shape)
+        write_npz(path, blocks, count)
     else:
         {"zip": write_zip, "folder": write_folder}[args.kind](path, blocks)
 
@@ -247,28 +289,42 @@ def default_path(opened, texts, compare):
     return f"{opened.dataset or opened.path.stem}-{what}.png"
 
 
-def main():
-    args = parse()
+def open_prompts(args, rows, device):
+    """Text-to-image networks with their pipelines, asked for the prompts."""
+    for row in rows:
+        if row.opened.base and not args.all_prompts:
+            raise UserError(f"{row.opened.name} makes pictures from text: give --prompt or "
+                            "--prompts")
+        if args.all_prompts and not row.opened.base:
+            raise UserError(f"--prompt: {row.opened.name} is no text-to-image network")
+        if row.opened.base:
+            row.opened.serve(args.all_prompts, device)
+
+
+def main(argv=None):
+    args = parse(argv)
     device = distributed.start(args.device)
     rows = open_rows(args)
-    network = rows[0].opened.network
-    labels = choose_labels(args, network)
+    open_prompts(args, rows, device)
+    labels = choose_labels(args, rows[0].opened.network)
     for row in rows:
+        guide(row, args.guidance)
         prepare(row.opened.network, device, args.precision, args.compile)
     texts = [text for row in rows for text in row.texts]
     path = Path(args.out or default_path(rows[-1].opened, texts, args.compare))
 
-    start, count = time.monotonic(), len(args.all_seeds)
-    draw = partial(draw_block, rows=rows, labels=labels, device=device, precision=args.precision)
-    blocks = gathered(draw, seed_blocks(args.all_seeds, network, device), device)
-    with progress(total=count, unit="image", delay=1) as bar:
+    start, (numbers, ask) = time.monotonic(), wanted(args, rows[0].opened.network, labels)
+    draw = partial(draw_block, ask=ask, rows=rows, device=device, precision=args.precision)
+    blocks = gathered(draw, seed_blocks(numbers, rows[0].opened.network, device), device)
+    with progress(total=len(numbers), unit="image", delay=1) as bar:
         def counted():
             for block in blocks:
                 yield block
                 bar.update(len(block[0]))
 
-        write(path, counted(), args, rows, labels)
-    say(f"wrote {path}: {count} images; {'; '.join(texts)}; {time.monotonic() - start:.1f} s")
+        write(path, counted(), len(numbers), args, rows, labels)
+    say(f"wrote {path}: {len(numbers)} images; {'; '.join(texts)}; "
+        f"{time.monotonic() - start:.1f} s")
     distributed.finish()
     return 0
 

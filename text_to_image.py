@@ -1,8 +1,8 @@
 """Text to image: diffusers' U-Nets as denoisers D(x_t, sigma, y), their prompts and pictures.
 
 Stable Diffusion 1.x, 2.x and SDXL: a pipeline folder, or a name on the model hub. x are latents,
-x_t = x0 + sigma eps as everywhere; y is one vector for each image, [B, 77 * width], in SDXL with
-the pooled vector and six sizes behind. diffusers and transformers (requirements-text.txt) are
+x_t = x0 + sigma eps as everywhere; y is one vector for each image, [B, tokens * width], in SDXL
+with the pooled vector and six sizes behind. diffusers and transformers (requirements-text.txt) are
 imported here alone, and only when a text model is asked for.
 
     python text_to_image.py export BEST.pt OUT      a student as a folder that diffusers samples
@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from base.errors import UserError, run
-from models import Conditions, Levels, from_uint8, to_uint8
+from models import (Conditions, Levels, classes_as_conditions, from_uint8, sigma_grid,
+                    to_uint8)
 
-TOKENS, SIZES = 77, 6           # CLIP's context; SDXL's height and width, crop, height and width
+SIZES = 6                       # SDXL's height and width, crop, height and width again
 WEIGHTS = "diffusion_pytorch_model"                     # a file's name, as diffusers saves it
 BETAS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 # Text encoders and tokenizers of each kind of pipeline: the ends of their folders' names.
@@ -78,7 +79,7 @@ def variance_preserving(table):
         sigma = torch.where((index - whole).abs() < 1e-9, levels[whole.long()], between)
         return sigma if torch.is_tensor(fraction) else sigma.item()
 
-    return Levels(table, at, lambda sigma: (1 + sigma ** 2) ** 0.5)
+    return Levels(table, at, lambda sigma: (1 + sigma ** 2) ** 0.5, sigma_grid)
 
 
 class TextDenoiser(nn.Module):
@@ -96,6 +97,7 @@ class TextDenoiser(nn.Module):
         self.unet = library("diffusers").UNet2DConditionModel.from_config(unet)
         self.measure(self.unet.config)
         self.midpoints = None
+        self.conditions, self.pixels = classes_as_conditions(0), None   # until a pipeline serves
 
     def measure(self, config):
         """What the program asks of a network."""
@@ -105,12 +107,11 @@ class TextDenoiser(nn.Module):
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
         self.encoder_channels = config.block_out_channels[-1]
         self.encoder_resolution = self.shape[-1] >> len(config.down_block_types) - 1
-        # The parts of y: text, and SDXL's pooled vector and sizes.
-        self.text_width, more = config.cross_attention_dim, [0, 0]
+        # The parts of y behind the text: SDXL's pooled vector and sizes.
+        self.text_width, self.y_rest = config.cross_attention_dim, [0, 0]
         if config.addition_embed_type == "text_time":
             sizes = SIZES * config.addition_time_embed_dim
-            more = [config.projection_class_embeddings_input_dim - sizes, SIZES]
-        self.y_parts = [TOKENS * self.text_width, *more]
+            self.y_rest = [config.projection_class_embeddings_input_dim - sizes, SIZES]
 
     def forward(self, x_t, sigma, y, output="denoised"):
         """x_t [B,C,H,W] -> x0; with output="encoder" the middle block's output instead."""
@@ -119,8 +120,8 @@ class TextDenoiser(nn.Module):
         c = (1 + sigma ** 2).rsqrt()
         x, t = (c * x_t).to(self.unet.dtype), self.timestep(sigma)
         y = y.to(self.unet.dtype).expand(len(x), -1)
-        text, pooled, sizes = y.split(self.y_parts, dim=1)
-        text = text.unflatten(1, (TOKENS, self.text_width))
+        text, pooled, sizes = y.split([y.shape[1] - sum(self.y_rest), *self.y_rest], dim=1)
+        text = text.unflatten(1, (-1, self.text_width))         # [B, tokens, width]
         added = {"text_embeds": pooled, "time_ids": sizes}      # SD takes no notice of them
         if output == "encoder":
             return self.encode(x, t, text, added).to(dtype)
@@ -291,7 +292,14 @@ class Pipeline(nn.Module):
         if self.zero_null:
             null[:, :-SIZES] = 0
         return Conditions(
-            len(prompts), lambda index: self.embed([prompts[i] for i in index.tolist()]), null)
+            len(prompts), lambda index: self.embed([prompts[i] for i in index.tolist()]), null,
+            on_host=True)
+
+    def serve(self, network, prompts):
+        """The network, asked for these prompts, shows its latents as pictures."""
+        network.conditions = self.conditions(prompts)
+        network.pixels = lambda latents: self.decode(latents)   # a method would be copied with it
+        return network
 
     def decode_float(self, latents):
         """Pictures in [-1, 1]; the gradient reaches the latents."""

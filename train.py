@@ -29,6 +29,7 @@ from models import denoise_together, level, roll_out, update_ema
 from presets import LOSSES
 from training.cost import report
 from training.draws import Sources, cut, draw
+from training.latents import latents_of
 from training.log import Log, StopSignal
 from training.noise_pairs import noise_image_pairs
 from training.options import parse
@@ -176,12 +177,21 @@ def set_rate(config, step, optimizers):
             group["lr"] = config.learning_rate * (1 - (1 - config.final_rate) * done)
 
 
+def open_real(options, roles, network, device, stop):
+    """Images, or for text to image their latents."""
+    if roles.opened and roles.opened.base:
+        return latents_of(options.data, roles.opened.pipeline, network.shape, options.folder,
+                          device, stop)
+    images = open_images(options.data, options.cache)
+    check_fits(images, network)
+    return images
+
+
 def open_sources(config, options, roles, device, stop):
     """What the iterations draw from: real images and noise-image pairs only where a term asks."""
     network, real, pairs = roles.teacher or roles.student, None, None
     if config.gan_weight or config.stage == 0:
-        real = open_images(options.data, options.cache)
-        check_fits(real, network)
+        real = open_real(options, roles, network, device, stop)
     if config.regression_weight:
         pairs = noise_image_pairs(network, config.regression_pairs, config.regression_steps,
                                   options.folder, options.batch_per_gpu, device, stop)
@@ -195,15 +205,16 @@ def distill(config, options, device, stop):
     start, best_fid, unscored = resume(config, options, roles, optimizers)
     roles.wrap()
     if config.regression_weight:
-        roles.distance = perceptual_distance(config.dataset, options.cache, device)
+        roles.distance = perceptual_distance(config.dataset, options.cache, device,
+                                             roles.opened.pipeline)
     scorer = Scorer(config, options, device)            # before the long work: it may lack a file
     sources = open_sources(config, options, roles, device, stop)
     autocast = partial(torch.autocast, device.type, torch.bfloat16,
                        enabled=options.precision == "bf16")
     iterate = iteration_of(config)
-    log = Log(config, options, device, start, best_fid, stop)
+    log = Log(config, options, device, start, best_fid, stop, scorer)
     if unscored and log.score_due(start - 1):           # stopped before it could be evaluated
-        log.save(roles, optimizers, start, scorer)
+        log.save(roles, optimizers, start, score=True)
 
     for step in range(start, config.iterations):
         set_rate(config, step, optimizers)
@@ -213,8 +224,7 @@ def distill(config, options, device, stop):
         log.take(step, losses, images)
         stopping = log.stopping(step)
         if log.save_due(step) or stopping:
-            score = log.score_due(step) and not stopping
-            log.save(roles, optimizers, step + 1, scorer if score else None)
+            log.save(roles, optimizers, step + 1, log.score_due(step) and not stopping)
         if stopping:
             return log.stopped(step + 1)
     return log.finish()

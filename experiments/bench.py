@@ -103,7 +103,8 @@ class Limit:
         """A function that makes the pass for each part."""
         if one not in self.calls:
             roles, size = self.loop.roles, one.batches * self.job.options.batch_per_gpu
-            network = roles.distance if one.role == "distance" else getattr(roles, one.role)
+            network = (roles.distance if one.role == "distance" else
+                       cost.passed(roles, one.role))
             x, sigma, y = random_inputs(roles.student, size, self.job.device)
             self.calls[one] = partial(self.make, parts, network, one, x,
                                       (-x,) if one.role == "distance" else (sigma, y))

@@ -101,7 +101,7 @@ def scoring(job, repeats, rate):
     sampler = every_step(config.sigmas) if config.sigmas else heun(HEUN_STEPS)
 
     def task(seeds):
-        return sample_block(network, seeds, sampler, "random", device)
+        return sample_block(network, seeds, sampler, None, device)
 
     made = SCORED / seconds_of(lambda: list(distributed.in_parallel(task, blocks, device)), device)
     seconds = config.evaluate_images * (1 / made + outputs / features) + outputs * frechet

@@ -40,22 +40,29 @@ def heun(steps, **churn):
 
 
 def choose_classes(labels, seeds, classes):
-    """One class for each seed; None: drawn at random from the seed itself, as EDM does."""
+    """One class for each seed, or None: "random", "balanced", or one class for all."""
     if not classes or labels == "random":
         return None
     return [seed % classes if labels == "balanced" else labels for seed in seeds]
 
 
-def sample_block(network, seeds, sampler, labels, device, precision="fp32"):
-    """uint8 [B,C,H,W] for each list element of the sampler, and classes [B] or None."""
+def sample_block(network, seeds, sampler, asked, device, precision="fp32"):
+    """uint8 [B,C,H,W] for each list element of the sampler, and the index of what was asked for.
+
+    asked: one for each seed; None: drawn from the seed itself, as EDM does.
+    """
     size, parts = pass_size(network, device), []
+
+    def padded(values, start):
+        chunk = list(values[start:start + size])
+        return chunk + chunk[-1:] * (size - len(chunk))
+
     for start in range(0, len(seeds), size):
-        chunk = list(seeds[start:start + size])
-        padded = chunk + chunk[-1:] * (size - len(chunk))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            asked = choose_classes(labels, padded, network.conditions.count)
-            images, classes = sample_seeds(network, padded, sampler, asked, device)
-        parts.append([network.pixels(x0)[:len(chunk)] for x0 in images]
-                     + ([] if classes is None else [classes[:len(chunk)]]))
+            images, index = sample_seeds(network, padded(seeds, start), sampler,
+                                         asked and padded(asked, start), device)
+        kept = min(size, len(seeds) - start)
+        parts.append([network.pixels(x0)[:kept] for x0 in images]
+                     + ([] if index is None else [index[:kept]]))
     joined = [torch.cat(part) for part in zip(*parts)]
-    return (joined, None) if classes is None else (joined[:-1], joined[-1])
+    return (joined, None) if index is None else (joined[:-1], joined[-1])

@@ -1,12 +1,16 @@
 """Pictures: grids of images, enlarged by whole pixels, and the curves of a run."""
 
+import textwrap
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from base.files import write_atomically
 
+LABEL_WIDTH = 24                # characters of a label before it is broken
 
-def grid(images, columns, scale=None, gap=1, row_labels=(), background=255):
+
+def grid(images, columns, scale=None, gap=1, row_labels=(), column_labels=(), background=255):
     """uint8 [N,C,H,W] -> PIL image, row by row; enlarged by whole pixels, never blurred."""
     images = np.asarray(images)
     N, C, H, W = images.shape
@@ -19,21 +23,40 @@ def grid(images, columns, scale=None, gap=1, row_labels=(), background=255):
         big = image.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
         canvas[top:top + H * scale, left:left + W * scale] = big
     picture = Image.fromarray(canvas[..., 0] if C == 1 else canvas)
-    if not row_labels:
-        return picture
-    return add_row_labels(picture, row_labels, rows, cell_h, gap, background)
+    if row_labels:
+        picture = add_row_labels(picture, row_labels, rows, cell_h, gap, background)
+    return add_column_labels(picture, column_labels, cell_w, background)
 
 
 def add_row_labels(picture, labels, rows, cell_h, gap, background):
     """A column of text at the left, one label for each row or for each block of rows."""
     font = ImageFont.load_default(size=13)
-    width = max(int(font.getlength(label)) for label in labels) + 12
-    wide = Image.new(picture.mode, (picture.width + width, picture.height), background)
-    wide.paste(picture, (width, 0))
+    labels = ["\n".join(textwrap.wrap(label, LABEL_WIDTH)) for label in labels]
+    width = max(int(font.getlength(line)) for label in labels for line in label.split("\n")) + 12
+    wide = with_margin(picture, width, 0, background)
     draw, block = ImageDraw.Draw(wide), rows / len(labels) * cell_h
     for i, label in enumerate(labels):
         draw.text((6, gap + i * block + block / 2), label, fill=0, font=font, anchor="lm")
     return wide
+
+
+def with_margin(picture, left, top, background):
+    size = picture.width + left, picture.height + top
+    wide = Image.new(picture.mode, size, (background,) * len(picture.getbands()))
+    wide.paste(picture, (left, top))
+    return wide
+
+
+def add_column_labels(picture, labels, cell_w, background):
+    """A line of text on top, one label over each of the last columns."""
+    if not labels:
+        return picture
+    font, height = ImageFont.load_default(size=13), 20
+    tall = with_margin(picture, 0, height, background)
+    draw, left = ImageDraw.Draw(tall), picture.width - cell_w * len(labels)
+    for i, label in enumerate(labels):
+        draw.text((left + (i + 0.5) * cell_w, height / 2), label, fill=0, font=font, anchor="mm")
+    return tall
 
 
 def save_png(picture, path):

@@ -16,6 +16,7 @@ from PIL import Image
 from base.download import fetch
 from base.errors import UserError
 from base.files import ASSETS
+from models import from_uint8
 
 DIGITS = ASSETS / "digits.npz"
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -25,6 +26,8 @@ LARGEST_FILE, LARGEST_IMAGE = 1 << 28, 1 << 24      # bytes, pixels: what is abo
 
 class Images:
     """uint8 images [C,H,W] with classes; `read(index)` gives one image of a folder or zip."""
+
+    conditions, to_x = None, staticmethod(from_uint8)       # the network's own; pixels -> x
 
     def __init__(self, name, shape, labels, read, classes):
         self.name, self.shape, self.labels, self.read = name, shape, labels, read
@@ -104,13 +107,7 @@ def cifar10(path):
 
 def folder_or_zip(path):
     """Images in EDM's layout: any folders, and dataset.json {"labels": [[name, class], ...]}."""
-    if path.is_dir():
-        found = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
-
-        def read_bytes(name):
-            return (path / name).read_bytes()
-    else:
-        found, read_bytes = open_zip(path)
+    found, read_bytes = open_files(path)
     names, has_labels = sorted(filter(is_image, found)), "dataset.json" in found
     if not names:
         raise UserError(f"no images in {path}; wanted: {', '.join(IMAGE_FILES)}")
@@ -131,6 +128,14 @@ def folder_or_zip(path):
 
 def is_image(name):
     return Path(name).suffix.lower() in IMAGE_FILES
+
+
+def open_files(path):
+    """Names of the files in a folder or zip, and a reader of their bytes."""
+    if path.is_dir():
+        found = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
+        return found, lambda name: (path / name).read_bytes()
+    return open_zip(path)
 
 
 def open_zip(path):

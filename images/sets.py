@@ -4,10 +4,12 @@
 """
 
 import io
+import itertools
 import json
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -26,8 +28,9 @@ def png(image):
 
 
 def dataset_json(names, classes):
-    """EDM's: the class of each file, null where there are none."""
-    labels = [[name, int(label)] for name, label in zip(names, classes)]
+    """EDM's: the class of each file, or its caption; null where there are none."""
+    labels = [[name, label if isinstance(label, str) else int(label)]
+              for name, label in zip(names, classes)]
     return json.dumps({"labels": labels or None})
 
 
@@ -47,15 +50,17 @@ def write_zip(path, blocks):
     write_atomically(path, write)
 
 
-def write_npz(path, blocks, count, shape):
+def write_npz(path, blocks, count):
     """The ADM evaluator's: arr_0 uint8 [N,H,W,C], and with classes arr_1 int64 [N]; streamed."""
     def write(temporary):
-        labels = []
+        labels, rest = [], iter(blocks)
+        begin = next(rest)
+        _, C, H, W = begin[1][0].shape
         with zipfile.ZipFile(temporary, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
                 np.lib.format.write_array_header_1_0(file, {
-                    "descr": "|u1", "fortran_order": False, "shape": (count, *shape[1:], shape[0])})
-                for _, (images,), classes in blocks:
+                    "descr": "|u1", "fortran_order": False, "shape": (count, H, W, C)})
+                for _, (images,), classes in itertools.chain([begin], rest):
                     file.write(np.ascontiguousarray(images.transpose(0, 2, 3, 1)).tobytes())
                     labels.extend([] if classes is None else classes)
             if labels:
@@ -108,3 +113,26 @@ def open_npz(path):
     labels = np.zeros(len(pixels), np.int64) if classes is None else classes.astype(np.int64)
     pixels = pixels.transpose(0, 3, 1, 2)
     return Images(str(path), pixels.shape[1:], labels, pixels.__getitem__, count)
+
+
+def kind_of(out):
+    suffix = Path(out).suffix.lower() if out else ".png"
+    if suffix not in ("", ".png", ".zip", ".npz"):
+        raise UserError(f"--out {out}: allowed: .png, .zip, .npz, or a folder's name without a dot")
+    return suffix[1:] or "folder"
+
+
+def check_out(path, kind, force):
+    if path.is_dir() != (kind == "folder") and path.exists():
+        raise UserError(f"--out {path} is {'a folder' if path.is_dir() else 'a file'}; "
+                        "choose another name")
+    if kind == "folder" and path.exists():
+        others = [p.name for p in path.iterdir() if p.suffix != ".png" and p.name != "dataset.json"]
+        if others:
+            raise UserError(f"--out {path} holds other things than samples ({others[0]}); choose "
+                            "another name")
+    if path.exists() and not force and (kind != "folder" or any(path.iterdir())):
+        raise UserError(f"--out {path} exists; --force replaces it")
+    above = next(folder for folder in path.resolve().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {path}: cannot write to {above}")

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from base import distributed
-from base.distributed import from_rank_zero
+from base.distributed import from_rank_zero, say
 from base.download import fetch
 from base.errors import UserError
 from base.files import ROOT, file_digest, shown
@@ -32,11 +32,15 @@ def feature_network(dataset, cache=None, device="cpu", weights=None):
     return load_inception(cache, device, weights)
 
 
-def perceptual_distance(dataset, cache, device):
-    """DMD's regression: LPIPS, or between digits the same in their classifier (Deviation 11)."""
+def perceptual_distance(dataset, cache, device, pipeline=None):
+    """DMD's regression: LPIPS, of latents' pictures; or between digits the same in the layers of
+    their classifier (Deviation 11)."""
     if dataset == "digits":
         return load_digits_network(device=device).perceptual_distance
-    return load_lpips(cache, device)
+    lpips = load_lpips(cache, device)
+    if pipeline is None:
+        return lpips
+    return lambda x, y: lpips(pipeline.decode_float(x), pipeline.decode_float(y))
 
 
 def dataset_of(shape, dataset, source):
@@ -59,7 +63,7 @@ class Judge:
 
     def __init__(self, dataset, device, *, reference=None, inception=None, cache=None):
         self.device, self.real = device, None
-        if not (reference or dataset in DATASETS):
+        if not (reference or dataset in DATASETS and DATASETS[dataset].reference):
             raise UserError("no reference is known for these images: give --dataset or --reference")
         self.path = reference or find_reference(DATASETS[dataset].reference, cache)
         if not Path(self.path).is_file():
@@ -159,10 +163,15 @@ class Scorer:
     """score(network, sigmas) -> {"1": {"digits-FID": 3.2, "right_class": 0.99}, "2": ...}."""
 
     def __init__(self, config, options, device):
-        self.images, self.device = config.evaluate_images, device
-        if config.evaluate_every:                       # now: it may lack a file
-            self.judge = Judge(config.dataset, device, reference=options.reference,
-                               inception=options.inception, cache=options.cache)
+        self.images, self.device, self.judge = config.evaluate_images, device, None
+        if not config.evaluate_every:
+            return
+        if not (options.reference or DATASETS[config.dataset].reference):
+            say(f"no FID: no reference of {config.dataset} is known (--reference); best.pt is the "
+                "newest")
+            return
+        self.judge = Judge(config.dataset, device, reference=options.reference,
+                           inception=options.inception, cache=options.cache)
 
     @torch.no_grad()
     def score(self, network, sigmas):
@@ -173,7 +182,7 @@ class Scorer:
             keys, sampler = ["heun"], heun(HEUN_STEPS)
 
         def task(seeds):
-            return sample_block(network, seeds, sampler, "random", self.device)
+            return sample_block(network, seeds, sampler, None, self.device)
 
         blocks = seed_blocks(range(self.images), network, self.device)
         return dict(zip(keys, self.judge.scores(task, blocks, len(keys), self.images)))

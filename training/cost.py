@@ -19,17 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from edm_networks import EDMPrecond
 from images.real import Images
 from metrics.judge import HEUN_STEPS
+from models import Conditions, Guided
 from presets import DATASETS
 from training.draws import Sources, cut, draw, steps_trained
-from training.noise_pairs import Pairs
-from training.roles import Roles, assemble, trainable
+from training.kept import Rows
+from training.roles import Roles, assemble, store_frozen, trainable
+from weights.checkpoint import untrained
 
 # On a CPU, as measured: what glibc's heap leaves free between tensors, and what libraries load.
 HOLES, FIRST_USE = 0.15, 40 * 2 ** 20
 STATUS = Path("/proc/self/status")      # Linux alone has it
+TOKENS = 77                             # of a prompt, as CLIP has them
 
 
 # ---- An iteration on the meta device: shapes alone, nothing is computed ----
@@ -59,23 +61,43 @@ class Unmoved:
             parameter.grad = parameter.grad if self.keeps_gradients else None
 
 
+def shapes_alone(network):
+    """A network on the meta device that can be asked without a pipeline."""
+    with torch.device("meta"):
+        built = untrained(network).eval()
+        if "unet" in network:
+            width = TOKENS * built.text_width + sum(built.y_rest)
+            built.conditions = Conditions(
+                2 ** 20, lambda index: torch.empty(len(index), width, device="meta"),
+                torch.empty(1, width), on_host=True)
+            built.pixels = None
+    return built
+
+
+def passed(roles, name):
+    """The network whose passes count as this role's: of a guided teacher, the one inside."""
+    network = getattr(roles, name)
+    return network.network if isinstance(network, Guided) else network
+
+
 class Rehearsal:
     """A stage's networks and sources on the meta device, and the iteration that runs on them."""
 
-    def __init__(self, iterate, config, network):
+    def __init__(self, iterate, config, network, precision="fp32"):
         self.iterate, self.config, self.passes = iterate, config, []
         with torch.device("meta"):
-            teacher = EDMPrecond(**network).eval()
+            teacher = shapes_alone(network)
             self.roles = roles = (assemble(config, teacher) if config.stage else
                                   Roles(trainable(teacher), copy.deepcopy(teacher)))
         roles.previous = roles.previous and copy.deepcopy(teacher)
         roles.distance = self.distance
         roles.student_ddp, roles.adapted_ddp = roles.student, roles.adapted
         for name in ("teacher", "previous", "student", "adapted"):
-            if role := getattr(roles, name):
-                role.requires_grad_(name in ("student", "adapted"))
-                role.register_forward_hook(self.hook(name), with_kwargs=True)
+            if network := passed(roles, name):
+                network.requires_grad_(name in ("student", "adapted"))
+                network.register_forward_hook(self.hook(name), with_kwargs=True)
         roles.ema.requires_grad_(False)
+        store_frozen(roles, precision)
 
         # Stand-ins for files: blank images, and one pair for all.
         shape, images, pair = teacher.shape, None, None
@@ -84,8 +106,8 @@ class Rehearsal:
             images = Images("blank", shape, np.zeros(2 ** 20, np.int64), lambda index: blank, 1)
         if config.regression_weight:
             row = np.zeros(1, [("z", np.float32, shape), ("image", np.float16, shape),
-                               ("class", np.int64)])
-            pair = Pairs([np.broadcast_to(row, config.regression_pairs)], config.regression_pairs)
+                               ("index", np.int64)])
+            pair = Rows([np.broadcast_to(row, config.regression_pairs)], config.regression_pairs)
         self.sources = Sources(shape, teacher.levels.to("meta"), teacher.conditions, images, pair)
 
     def hook(self, role):
@@ -153,7 +175,7 @@ def count(iterate, config, network):
 def forward_flops(network):
     """Of one image."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        built = EDMPrecond(**network).eval()
+        built = shapes_alone(network)
         y = built.conditions.embed(torch.zeros(1, dtype=torch.long))
         built(torch.empty(1, *built.shape), torch.ones(1), y)
     return counter.get_total_flops()
@@ -240,7 +262,7 @@ class LiveBytes(TorchDispatchMode):
 
 def memory(iterate, config, network, batch_per_gpu, world_size=1, precision="fp32"):
     """Bytes by purpose for one process."""
-    rehearsal = Rehearsal(iterate, config, network)
+    rehearsal = Rehearsal(iterate, config, network, precision)
     roles, parts = rehearsal.roles, config.batch // world_size // batch_per_gpu
     optimizers = rehearsal.optimizers(keep_gradients=world_size > 1)
     trained = [sum(4 * p.numel() for p in net.parameters())
@@ -261,7 +283,7 @@ def memory(iterate, config, network, batch_per_gpu, world_size=1, precision="fp3
              "Adam states": moments, "gradients": gradients,
              "activations and noise beside them": max(alive, 0)}
     if config.stage:
-        frozen = sum(4 * p.numel() for net in (roles.teacher, roles.previous) if net
+        frozen = sum(p.numel() * p.element_size() for net in (roles.teacher, roles.previous) if net
                      for p in net.parameters())
         sizes["teacher and previous student"] = frozen
     return sizes

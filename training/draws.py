@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from base import distributed
-from models import Conditions, Levels, from_uint8, sigma_grid, sigma_lognormal
+from models import Conditions, Levels, sigma_grid, sigma_trained
 from presets import LOSSES
 
 
@@ -17,8 +17,8 @@ class Sources(NamedTuple):
     shape: tuple                # of x_t, without the batch
     levels: Levels
     conditions: Conditions
-    real: object = None         # images.real.Images, where a loss needs them
-    pairs: object = None        # training.noise_pairs.Pairs, for DMD's regression
+    real: object = None         # real images or their latents, where a loss needs them
+    pairs: object = None        # the teacher's noise-image pairs, for DMD's regression
 
 
 def seeded(seed, step, device):
@@ -37,7 +37,8 @@ def steps_trained(config, step):
 
 def draw(config, step, sources):
     """Everything random of one iteration: the same tensors of the whole batch on every rank."""
-    B, levels, count = config.batch, sources.levels, sources.conditions.count
+    B, levels = config.batch, sources.levels
+    count, on_host = sources.conditions.count, sources.conditions.on_host
     device = levels.table.device
     rng = seeded(config.seed, step, device.type)
     # Indices into files are drawn on the host, where the files are.
@@ -51,7 +52,8 @@ def draw(config, step, sources):
                              steps_trained(config, step))
     drawn = {"sigmas": config.sigmas[:n],
              "z": normal(B, *sources.shape), "noises": normal(B, n - 1, *sources.shape),
-             "index": torch.randint(count, (B,), generator=rng, device=device) if count else None,
+             "index": None if not count else file_index(count) if on_host else torch.randint(
+                 count, (B,), generator=rng, device=device),
              "sigma_adapted": loss.adapted_noise(levels, B, rng),
              "eps_adapted": normal(B, *sources.shape)}
     if student_turn:
@@ -67,17 +69,17 @@ def draw(config, step, sources):
 
 
 def draw_for_teacher(config, sources, rng, file_index, normal):
-    """Stage 0: real images, and EDM's noise."""
+    """Stage 0: real images, and the noise that such a teacher is trained with."""
     if rng:
         torch.manual_seed(rng.initial_seed() + distributed.rank())          # for dropout
     return {"real_index": file_index(len(sources.real)),
-            "sigma": sigma_lognormal(sources.levels, config.batch, rng),
+            "sigma": sigma_trained(sources.levels, config.batch, rng),
             "eps": normal(config.batch, *sources.shape)}
 
 
 def cut(drawn, config, sources, options):
     """This rank's share of the batch as parts of --batch-per-gpu images, with what they index."""
-    device, embed = sources.levels.table.device, sources.conditions.embed
+    device, conditions = sources.levels.table.device, sources.conditions
     share, size = config.batch // options.world_size, options.batch_per_gpu
     first = distributed.rank() * share
 
@@ -85,18 +87,22 @@ def cut(drawn, config, sources, options):
         pinned = tensor.pin_memory() if device.type == "cuda" else tensor
         return pinned.to(device, non_blocking=True)
 
+    def embed(conditions, index):
+        return conditions.embed(index if conditions.on_host else moved(index))
+
     parts = []
     for start in range(first, first + share, size):
         part = SimpleNamespace(**{name: value[start:start + size] if torch.is_tensor(value) else
                                   value for name, value in drawn.items()})
         if "index" in drawn:
-            part.y = embed(part.index)
+            part.y = conditions.embed(part.index)
         if sources.real is not None:
-            pixels, classes = sources.real.take(part.real_index.tolist())
-            part.real, part.y_real = from_uint8(moved(pixels)), embed(moved(classes))
+            images, index = sources.real.take(part.real_index.tolist())
+            part.real = sources.real.to_x(moved(images))
+            part.y_real = embed(sources.real.conditions or conditions, index)
         if "pair_index" in drawn:
-            z_ref, image_ref, classes = sources.pairs.take(part.pair_index.tolist())
+            z_ref, image_ref, index = sources.pairs.take(part.pair_index.tolist())
             part.z_ref, part.image_ref = moved(z_ref), moved(image_ref).float()
-            part.y_ref = embed(moved(classes))
+            part.y_ref = embed(conditions, index)
         parts.append(part)
     return parts

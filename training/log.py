@@ -76,8 +76,9 @@ class Clock:
 class Log:
     """Progress bar, metrics.jsonl, sample grids, checkpoints: when they are due, and doing it."""
 
-    def __init__(self, config, options, device, start, best_fid, stop):
+    def __init__(self, config, options, device, start, best_fid, stop, scorer=None):
         self.config, self.folder, self.best_fid = config, options.folder, best_fid
+        self.scorer = scorer if scorer and scorer.judge else None
         self.device, self.stop, self.unread = device, stop, []
         self.every = LOG_EVERY * (config.ttur if config.stage else 4)
         self.writes = distributed.rank() == 0
@@ -93,7 +94,7 @@ class Log:
 
     def score_due(self, step):
         every = self.config.evaluate_every
-        return bool(every) and ((step + 1) % every == 0 or step + 1 == self.config.iterations)
+        return bool(self.scorer) and ((step + 1) % every == 0 or step + 1 == self.config.iterations)
 
     def save_due(self, step):
         return (self.score_due(step) or (step + 1) % self.config.save_every == 0
@@ -140,14 +141,14 @@ class Log:
         self.bar.set_postfix(loss=f"{losses.get('distill', losses['denoising']):.3g}",
                              brightness=f"{brightness:.3f}", best=f"{self.best_fid:.4g}")
 
-    def save(self, roles, optimizers, done, scorer=None):
+    def save(self, roles, optimizers, done, score=False):
         if self.unread:
             self.read()                                 # nothing that is not finite is saved
         self.clock.pause()
-        scores = scorer.score(roles.ema, self.config.sigmas) if scorer else {}
+        scores = self.scorer.score(roles.ema, self.config.sigmas) if score else {}
         own = str(self.config.stage) if self.config.stage else "heun"
         fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
-        better = fid < self.best_fid or not self.config.evaluate_every
+        better = fid < self.best_fid or not self.scorer
         self.best_fid = min(fid, self.best_fid)
         if self.writes:
             latest = payload(self.config, roles, optimizers, done, self.best_fid, scores)

@@ -12,9 +12,9 @@ from base.errors import Parser, UserError
 from presets import Config, Preset, find
 
 # What says nothing about a teacher in training.
-STUDENTS = ("teacher", "sigmas", "trained_step", "loss", "alpha", "dm_weighting", "unforget_weight",
-            "external_sampling", "gan_weight", "gan_adapted_weight", "regression_weight",
-            "regression_pairs", "regression_steps", "ttur")
+STUDENTS = ("teacher", "guidance", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
+            "unforget_weight", "external_sampling", "gan_weight", "gan_adapted_weight",
+            "regression_weight", "regression_pairs", "regression_steps", "ttur")
 
 
 class Stage(NamedTuple):
@@ -31,6 +31,7 @@ class Options:
     data: str
     reference: str | None
     inception: str | None
+    prompts: str | None
     cache: str | None
     device: str | None
     batch_per_gpu: int
@@ -70,6 +71,9 @@ def parser():
                                          "published one of the dataset)")
     how.add_argument("--inception", help="file with the 2015-12-05 Inception weights (default: the "
                                          "published one, downloaded)")
+    how.add_argument("--prompts", metavar="FILE",
+                     help="what a text-to-image student is trained on: a text file, one prompt a "
+                          "line, a .json or .jsonl list, or DMD2's .pkl")
     how.add_argument("--cache", help="folder of downloads (default: $PMDD_CACHE or ~/.cache/pmdd)")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument("--batch-per-gpu", type=int, default=0,
@@ -129,7 +133,7 @@ def check(config):
         require(getattr(config, name) >= 1, name, "whole numbers, at least 1")
     for name in ("unforget_weight", "gan_weight", "gan_adapted_weight", "regression_weight",
                  "regression_pairs", "weight_decay", "clip", "ema_halflife", "evaluate_every",
-                 "alpha"):
+                 "alpha", "guidance"):
         require(0 <= getattr(config, name) < math.inf, name, "0 or more")
     require(0 <= config.seed < 1 << 63, "seed", "0 to 2^63 - 1, as torch's generators")
     require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")
@@ -164,8 +168,6 @@ def options(args, config):
                         "process; allowed: divisors of that number, 0 for all")
     name = f"{config.dataset}-{config.method}" + (f"-{args.variant}" if args.variant else "")
     folder = Path(args.folder or Path("runs") / name) / f"stage{config.stage}"
-    return Options(folder, args.data or config.dataset, args.reference, args.inception, args.cache,
-                   args.device, per_gpu, args.precision, args.compile, args.force, args.dry_run,
-                   world_size)
-
-
+    return Options(folder, args.data or config.dataset, args.reference, args.inception,
+                   args.prompts, args.cache, args.device, per_gpu, args.precision, args.compile,
+                   args.force, args.dry_run, world_size)

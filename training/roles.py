@@ -14,17 +14,18 @@ from base.distributed import say
 from base.errors import UserError
 from base.files import ROOT
 from edm_networks import EDMPrecond
-from models import AdaptedWithHead
+from images.prompts import read_prompts
+from models import AdaptedWithHead, Guided
 from presets import DATASETS
 from weights import checkpoint
-from weights.opening import open_network, steps_text
+from weights.opening import Opened, open_network, steps_text
 from weights.pretrained import PUBLISHED_NETWORKS
 
 
 def load_teacher(config, options):
-    """A published network, a file in one of the published formats, or a stage 0 of ours."""
-    source = config.teacher
-    if source not in PUBLISHED_NETWORKS:
+    """A published network or pipeline, a file in one of the published formats, or a stage 0."""
+    source, text = config.teacher, "unet" in DATASETS[config.dataset].network
+    if source not in PUBLISHED_NETWORKS and not text:
         source = Path(source) if Path(source).exists() else ROOT / source
         if not source.is_file():
             raise UserError(f"--teacher {config.teacher}: no such file and no published name; "
@@ -33,12 +34,14 @@ def load_teacher(config, options):
     opened = open_network(source, teacher=True, dataset=config.dataset, cache=options.cache)
     if opened.sigmas:
         raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")
+    if text:
+        return opened
     made, wanted = opened.network.config, DATASETS[config.dataset].network
     if any(made[k] != wanted[k] for k in ("img_resolution", "img_channels")):
         raise UserError(f"--teacher {config.teacher} makes images of {made['img_resolution']} "
                         f"pixels and {made['img_channels']} channels, {config.dataset} has "
                         f"{wanted['img_resolution']} and {wanted['img_channels']}")
-    return opened.network
+    return opened
 
 
 def starting_point(config, options, teacher):
@@ -80,6 +83,7 @@ class Roles:
     teacher: nn.Module | None = None
     previous: nn.Module | None = None       # the frozen student of the stage before
     adapted: nn.Module | None = None        # with DMD2's head, where there is a GAN
+    opened: Opened | None = None            # where the teacher came from, with its pipeline
     distance: Callable | None = None        # DMD's, between the student's images and the teacher's
     made_from: dict = field(default_factory=dict)       # hashes of the weights that they began with
 
@@ -96,13 +100,16 @@ def load_roles(config, options, device):
         student = EDMPrecond(**DATASETS[config.dataset].network)
         roles = Roles(trainable(student), copy.deepcopy(student))
     else:
-        teacher = load_teacher(config, options)
+        opened = load_teacher(config, options)
+        teacher = opened.network
+        if opened.base:
+            opened.serve(prompts_of(options), device)
         made_from = {"teacher": checkpoint.weights_digest(teacher.state_dict())}
         begin = starting_point(config, options, teacher)
         if begin:
             made_from["start"] = checkpoint.weights_digest(begin["ema"])
         roles = assemble(config, teacher, begin)
-        roles.made_from = made_from
+        roles.made_from, roles.opened = made_from, opened
     for network in (roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema):
         if network is not None:
             network.to(device).eval()                   # no dropout while distilling (Deviation 6)
@@ -111,12 +118,26 @@ def load_roles(config, options, device):
     for network in (roles.teacher, roles.previous, roles.ema):
         if network is not None:
             network.requires_grad_(False)
+    store_frozen(roles, options.precision)
     return roles
+
+
+def store_frozen(roles, precision):
+    """With bf16 what never learns is kept in it too, but for EDM's, which scale in their own type.
+
+    The trained networks stay fp32: at these rates a bf16 weight would not move.
+    """
+    if precision == "bf16" and "unet" in roles.student.config:
+        for network in (roles.teacher, roles.previous, roles.opened and roles.opened.pipeline):
+            if network is not None:
+                network.to(torch.bfloat16)
 
 
 def assemble(config, teacher, begin=None):
     """The networks of a stage that starts from the teacher, or from a checkpoint (Deviation 9)."""
     start = checkpoint.network_from(begin) if begin else teacher
+    for asked in ("conditions", "pixels"):              # of its pipeline, where it has one
+        setattr(start, asked, getattr(teacher, asked))
     adapted = copy.deepcopy(teacher)
     if config.gan_weight:
         torch.manual_seed(config.seed)                  # the head's first weights
@@ -125,8 +146,16 @@ def assemble(config, teacher, begin=None):
         bare(adapted).load_state_dict(begin["adapted"])
         if config.gan_weight and begin.get("head"):
             adapted.head.load_state_dict(begin["head"])
-    return Roles(trainable(copy.deepcopy(start)), copy.deepcopy(start), teacher,
+    guided = teacher if config.guidance == 1 else Guided(teacher, config.guidance)
+    return Roles(trainable(copy.deepcopy(start)), copy.deepcopy(start), guided,
                  start if config.has_previous else None, trainable(adapted))
+
+
+def prompts_of(options):
+    if not options.prompts:
+        raise UserError("a text-to-image student is trained on prompts: give --prompts FILE, one "
+                        "prompt a line")
+    return read_prompts(options.prompts)
 
 
 def trainable(network):
@@ -163,6 +192,8 @@ def payload(config, roles, optimizers, iteration, best_fid, scores):
     for name, network in saved_networks(roles).items():
         if optimizers or name != "student":
             content[name] = network.state_dict()
+    if roles.opened and roles.opened.base:
+        content["pipeline"] = roles.opened.base
     if optimizers:
         content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     return content

@@ -9,6 +9,7 @@ from pathlib import Path
 from base import distributed
 from base.errors import RunFailed, UserError
 from base.files import versions, write_atomically, write_json
+from presets import Config
 
 LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
 
@@ -47,7 +48,8 @@ def open_run(folder, config, options):
             before = before_how = None
         if not (isinstance(before, dict) and isinstance(before_how, dict)):
             raise UserError(f"{path} holds no configuration of a run; --force writes a new one")
-        wanted = now | {k: how[k] for k in ("data", "reference", "inception")}
+        before = FIELDS | before                        # a field that is younger than the run
+        wanted = now | {k: how[k] for k in ("data", "reference", "inception", "prompts")}
         changed = [f"{k} (was {was.get(k)!r}, now {wanted[k]!r})" for k in wanted
                    for was in [before if k in now else before_how] if was.get(k) != wanted[k]]
         if changed:
@@ -60,6 +62,9 @@ def open_run(folder, config, options):
 def write_config(folder, config, options):
     now, how = as_json(config, options)
     write_json(folder / "config.json", {"config": now, "options": how, "versions": versions()})
+
+
+FIELDS = json.loads(json.dumps(dataclasses.asdict(Config())))
 
 
 def as_json(config, options):

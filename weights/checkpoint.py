@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from base.errors import RunFailed, UserError
 from base.files import file_digest, sync_folder, write_atomically
 from edm_networks import EDMPrecond
+from text_to_image import TextDenoiser
 
 FORMAT = 1
 DIGEST = 64                      # hexadecimal digits of a sha256
@@ -26,7 +27,7 @@ DIGEST = 64                      # hexadecimal digits of a sha256
 NUMBER = (int, float)
 KINDS = {"dataset": str, "method": str, "stage": int, "sigmas": list, "network": dict, "fid": dict,
          "iteration": int, "best_fid": NUMBER, "ema": dict, "student": dict, "adapted": dict,
-         "head": dict, "optimizers": list, "made_from": dict}
+         "head": dict, "optimizers": list, "made_from": dict, "pipeline": str}
 SAMPLED = ("dataset", "sigmas", "network", "ema")           # what sampling needs of it
 RESUMED = ("network", "student", "ema", "optimizers", "iteration", "fid")       # and a resumed run
 
@@ -39,7 +40,8 @@ def weights_digest(state):
     """Of the names and values of a state dict, whatever file they stand in."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -146,10 +148,15 @@ def network_from(payload, weights="ema", source="the checkpoint"):
 
 
 class Undrawn(TorchFunctionMode):
-    """Draws no first weights: on the meta device that would only import half of torch."""
+    """Draws no first weights: on the meta device that would only import half of torch, a second."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if func is torch.nn.init.normal_ else func(*args, **(kwargs or {}))
+
+
+def untrained(config):
+    """The network of a configuration: EDM's, or with "unet" in it one of text to image."""
+    return TextDenoiser(**config) if "unet" in config else EDMPrecond(**config)
 
 
 def build_network(config, state, source):
@@ -157,7 +164,7 @@ def build_network(config, state, source):
     try:
         check_plain(config)
         with torch.device("meta"), Undrawn():
-            network = EDMPrecond(**config)
+            network = untrained(config)
         floats = {name: tensor.float() for name, tensor in state.items()}
         network.load_state_dict(floats, strict=True, assign=True)
     except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError,
@@ -172,6 +179,8 @@ def check_plain(config):
     def plain(value):
         return value is None or type(value) in (bool, int, float, str)
 
+    if "unet" in config:                                # diffusers' own loader checks these
+        return
     for name, value in config.items():
         items = value if type(value) in (list, tuple) else [value]
         if len(items) > 16 or not all(map(plain, items)):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from text_to_image import build, library, load_unet, read_json, reading, require
+from text_to_image import library, load_unet, read_json, reading, require
 from weights import checkpoint
 
 CARD = Path(__file__).parents[1] / "assets" / "model_card.md"
@@ -87,10 +87,9 @@ def main():
     require(len(sys.argv) == 4 and sys.argv[1] == "export",
             "usage: python text_to_image.py export BEST.pt OUT")
     payload = checkpoint.load(sys.argv[2], needs=("network", "sigmas", "ema"))
-    config = dict(payload["network"])
-    require("unet" in config, f"{sys.argv[2]} is no text-to-image student")
-    base, network = config.pop("pipeline"), build(config)
-    network.load_state_dict(payload["ema"], assign=True)
+    require("pipeline" in payload and payload["sigmas"],
+            f"{sys.argv[2]} is no student of text to image")
+    network = checkpoint.network_from(payload, source=sys.argv[2])
     facts = {name: payload[name] for name in ("method", "stage", "iteration") if name in payload}
-    timesteps = export(network, base, payload["sigmas"], sys.argv[3], facts)
+    timesteps = export(network, payload["pipeline"], payload["sigmas"], sys.argv[3], facts)
     print(f"{sys.argv[3]}: timesteps {timesteps}; its README.md has the code that samples it")

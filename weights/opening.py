@@ -13,7 +13,9 @@ from base.download import PUBLISHED, cache_folder
 from base.errors import UserError
 from base.files import ROOT, shown
 from presets import DATASETS
+from text_to_image import Pipeline, load_teacher as load_pipeline_network
 from weights import checkpoint
+from weights.exported import load_exported
 from weights.pretrained import PUBLISHED_NETWORKS, load_network
 
 LARGEST_NUMBER = 10 ** 8         # of images in one command
@@ -27,10 +29,17 @@ class Opened:
     dataset: str | None         # None: a file that does not say
     path: Path
     ours: bool
+    base: str = ""              # name of the pipeline around a text-to-image network,
+    pipeline: Pipeline | None = None    # and itself, once it is needed
 
     @property
     def name(self):
         return shown(self.path)
+
+    def serve(self, prompts, device):
+        """A text-to-image network with its pipeline, asked for these prompts."""
+        self.pipeline = Pipeline(self.base).to(device)
+        self.pipeline.serve(self.network, prompts)
 
     def first_sigmas(self, steps):
         """The noise levels of its first steps."""
@@ -40,9 +49,13 @@ class Opened:
 
 
 def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None):
-    """A checkpoint of ours, a published name, an EDM or SiD pickle, or a DMD2 state dict."""
+    """A checkpoint of ours, a published name, an EDM or SiD pickle, or a DMD2 state dict; of text
+    to image a pipeline's folder or name, or a folder that text_to_image.py exported."""
+    if opened := open_text(source, dataset):
+        return opened
     if Path(source).is_dir():
-        raise UserError(f"{source} is a folder; name a file, such as a run's best.pt")
+        raise UserError(f"{source} is a folder; name a file, such as a run's best.pt, or a "
+                        "pipeline's folder")
     payload, published = read_ours(source), str(source) in PUBLISHED_NETWORKS
     if payload:
         if sigmas:
@@ -54,7 +67,8 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
     else:
         network = from_rank_zero(lambda: load_network(source, cache))
         path = cache_folder(cache) / PUBLISHED[str(source)].name if published else Path(source)
-        known = next((name for name, one in DATASETS.items() if one.hint in path.name), None)
+        known = next((name for name, one in DATASETS.items()
+                      if one.hint and one.hint in path.name), None)
         if teacher or published or path.name.startswith("edm-"):
             levels = ()
         else:
@@ -64,7 +78,21 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
                                 "--teacher")
     if dataset and known and dataset != known:
         raise UserError(f"--dataset {dataset}: {source} is of {known}")
-    return Opened(network, levels, known or dataset, path, bool(payload))
+    base = payload.get("pipeline", "") if payload else ""
+    return Opened(network, levels, known or dataset, path, bool(payload), base)
+
+
+def open_text(source, dataset):
+    """A pipeline, or a student that was exported; None where the source is neither."""
+    path = Path(source)
+    if (path / "sampling.json").is_file():
+        network, sigmas, base = load_exported(path)
+        return Opened(network, tuple(sigmas), dataset, path, False, base)
+    known = next((name for name, one in DATASETS.items() if one.teacher == str(source)), dataset)
+    named = not path.exists() and known in DATASETS and "unet" in DATASETS[known].network
+    if named or (path / "model_index.json").is_file():
+        return Opened(load_pipeline_network(str(source)), (), known, path, False, str(source))
+    return None
 
 
 def read_ours(source):
