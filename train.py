@@ -11,6 +11,7 @@ DMD2 = arXiv:2405.14867, SiD = arXiv:2404.04057.
 """
 
 import math
+import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -239,29 +240,37 @@ def describe(stage):
 
 def main(argv=None):
     stages = parse(argv)
-    device = distributed.start(stages[0].options.device)
     set_precision(stages[0].options.precision)
     torch.backends.cudnn.benchmark = True
-    code, stop = 0, None
-    for stage in stages:
-        describe(stage)
-        if stage.options.dry_run:
-            if distributed.rank() == 0:
-                print(report(iteration_of(stage.config), stage, device))
-            continue
-        stop = stop or StopSignal()
-        lock, made = open_run(stage.options.folder, stage.config, stage.options)
-        try:
-            code = distill(stage.config, stage.options, device, stop)
-        except (UserError, OSError):
-            drop_unused(stage.options.folder, made)
-            raise
-        if code:
-            break
-        if lock:
-            lock.close()
+    if stages[0].options.dry_run:                       # also where the GPUs are not
+        for stage in stages if os.environ.get("RANK", "0") == "0" else ():
+            describe(stage)
+            print(report(iteration_of(stage.config), stage))
+        return 0
+    device, stop, code = distributed.start(stages[0].options.device), StopSignal(), 0
+    try:
+        for stage in stages:
+            describe(stage)
+            code = run_stage(stage, device, stop)
+            if code:
+                break
+    finally:
+        stop.restore()
     distributed.finish()
     return code
+
+
+def run_stage(stage, device, stop):
+    """In its folder, which it alone holds. Returns an exit code."""
+    lock, made = open_run(stage.options.folder, stage.config, stage.options)
+    try:
+        return distill(stage.config, stage.options, device, stop)
+    except (UserError, OSError):
+        drop_unused(stage.options.folder, made)
+        raise
+    finally:
+        if lock:
+            lock.close()
 
 
 if __name__ == "__main__":

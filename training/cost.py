@@ -304,7 +304,7 @@ def process_memory(tensors):
 
 # ---- What --dry-run prints ----
 
-def report(iterate, stage, device):
+def report(iterate, stage):
     config, options, network = stage.config, stage.options, DATASETS[stage.config.dataset].network
     parts = config.batch // options.world_size // options.batch_per_gpu
     sizes = memory(iterate, config, network, options.batch_per_gpu, options.world_size,
@@ -317,7 +317,8 @@ def report(iterate, stage, device):
               "images an iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     lines += [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]
-    if device.type == "cpu" and (whole := process_memory(total)):
+    on_cpu = options.device == "cpu" or not (options.device or torch.cuda.is_available())
+    if on_cpu and (whole := process_memory(total)):
         lines += ["memory, one whole process, with Python, libraries and the heap's holes: "
                   f"{whole / 2**20:,.0f} MiB"]
     return "\n".join(lines)
