@@ -85,7 +85,8 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                         x_ref, part.image_ref, distance=roles.distance)
                 backward(terms, student_losses, len(parts))
         update(student_optimizer, student_losses, "student_gradient", config.clip)
-        update_ema(roles.ema, student, config.batch, config.ema_halflife)
+        update_ema(roles.ema, student, config.batch, config.ema_halflife, config.ema_rampup,
+                   parts[0].seen)
     else:
         for part in parts:
             with torch.no_grad(), autocast():
@@ -114,12 +115,15 @@ def teacher_iteration(config, roles, optimizers, parts, student_turn, autocast=n
     roles.student.train()
     for part in parts:
         with sync_gradients(roles.student_ddp, part is parts[-1]), autocast():
+            network = roles.student_ddp
+            if config.augment:
+                network = partial(network, augment_labels=part.augment_labels)
             backward({"denoising": edm_loss(part.real, part.sigma, part.eps, part.y_real,
-                                            teacher=roles.student_ddp,
-                                            sigma_data=roles.student.sigma_data)},
+                                            teacher=network, sigma_data=roles.student.sigma_data)},
                      losses, len(parts))
     update(optimizers[0], losses, "student_gradient", config.clip)
-    update_ema(roles.ema, roles.student, config.batch, config.ema_halflife)
+    update_ema(roles.ema, roles.student, config.batch, config.ema_halflife, config.ema_rampup,
+               parts[0].seen)
     return losses, parts[-1].real
 
 

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from images.real import Images
 from metrics.judge import HEUN_STEPS
 from models import Conditions, Guided
-from presets import DATASETS
 from training.draws import Sources, cut, draw, steps_trained
 from training.kept import Rows
 from training.roles import Roles, assemble, store_frozen, trainable
@@ -305,7 +304,8 @@ def process_memory(tensors):
 # ---- What --dry-run prints ----
 
 def report(iterate, stage):
-    config, options, network = stage.config, stage.options, DATASETS[stage.config.dataset].network
+    config, options = stage.config, stage.options
+    network = options.network
     parts = config.batch // options.world_size // options.batch_per_gpu
     sizes = memory(iterate, config, network, options.batch_per_gpu, options.world_size,
                    options.precision)
