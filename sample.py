@@ -172,12 +172,20 @@ def heun_row(opened, args):
                [f"teacher, {2 * steps - 1} evaluation{'s' * (steps > 1)}"])
 
 
-def guide(row, weight):
+def guide(rows, weight):
     """Teachers alone are guided: students have it in their weights."""
+    teachers = [row for row in rows if not row.opened.sigmas]
+    if weight is not None and not teachers:
+        raise UserError("--guidance is for a teacher; a student has what it learnt in its weights")
+    for row in teachers:
+        guide_teacher(row, weight)
+
+
+def guide_teacher(row, weight):
     network = row.opened.network
     if weight is None:
         weight = TEXT_GUIDANCE if row.opened.base else 1
-    if weight != 1 and not row.opened.sigmas:
+    if weight != 1:
         if network.conditions.null is None:
             raise UserError("--guidance: this network has no classes or prompts")
         row.opened.network = Guided(network, weight)
@@ -306,8 +314,8 @@ def main(argv=None):
     rows = open_rows(args)
     open_prompts(args, rows, device)
     labels = choose_labels(args, rows[0].opened.network)
+    guide(rows, args.guidance)
     for row in rows:
-        guide(row, args.guidance)
         prepare(row.opened.network, device, args.precision, args.compile)
     texts = [text for row in rows for text in row.texts]
     path = Path(args.out or default_path(rows[-1].opened, texts, args.compare))
