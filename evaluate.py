@@ -263,7 +263,7 @@ def make_judge(job, args, device):
 def open_real(job, dataset, side, args):
     """Real images and where they are, of the shape that is scored."""
     source = args.data or (str(Path(args.coco) / COCO_PICTURES) if args.coco else
-                           DATASETS[dataset].data if dataset else "")
+                           DATASETS[dataset].data if dataset in DATASETS else "")
     if not source:
         raise UserError("--precision-recall needs real images: give --data")
     if side:

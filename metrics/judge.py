@@ -59,6 +59,10 @@ def dataset_of(shape, dataset, source):
     return "digits" if digits else dataset
 
 
+def has_reference(dataset):
+    return dataset in DATASETS and bool(DATASETS[dataset].reference)
+
+
 def find_reference(name, cache):
     """A file of this repository, or a published one in the cache."""
     embedded = ROOT / name
@@ -74,7 +78,7 @@ class Judge:
         resize = resize or ("clean" if side else "tf1")
         self.device, self.real, self.clip, self.side = device, None, None, side
         how = MADE_BY.format(side=side, resize=resize, out=reference or "FILE.npz") if side else ""
-        if not (reference or dataset in DATASETS and DATASETS[dataset].reference):
+        if not (reference or has_reference(dataset)):
             raise UserError("no reference is known for these images: give "
                             + ("" if side else "--dataset or ") + "--reference" + how)
         self.path = reference or find_reference(DATASETS[dataset].reference, cache)
@@ -199,11 +203,11 @@ class Scorer:
         self.images, self.device, self.judge = config.evaluate_images, device, None
         if not config.evaluate_every:
             return
-        if not (options.reference or DATASETS[config.dataset].reference):
+        if not (options.reference or has_reference(config.dataset)):
             say(f"no FID: no reference of {config.dataset} is known (--reference); best.pt is the "
                 "newest")
             return
-        text = "unet" in DATASETS[config.dataset].network
+        text = "unet" in options.network
         self.labels = "balanced" if text else "random"          # with text the prompts in order
         self.judge = Judge(config.dataset, device, reference=options.reference,
                            inception=options.inception, cache=options.cache,
