@@ -2,8 +2,8 @@
 
     python evaluate.py                                   the newest student at 1, 2, .. steps
     python evaluate.py --heun 18 9 5                     the teacher at 35, 17 and 9 evaluations
-    python evaluate.py --checkpoint runs/sd15-pmdd/stage3/best.pt --coco coco2014 --clip \
-        --reference coco.npz                             text to image as PMDD, DMD and DMD2 do it
+    python evaluate.py --dataset sd15 --coco coco2014 --reference coco.npz --clip
+                                                         text to image, as PMDD, DMD and DMD2 do it
     python evaluate.py --images samples.zip              images from anywhere: folder, .zip or .npz
     python evaluate.py --table results                   a Markdown table of recorded evaluations
     torchrun --nproc_per_node=4 evaluate.py --repeats 3  EDM's three blocks of seeds, shared out

@@ -25,8 +25,6 @@ MANIFOLD = 10_000               # images of each kind that precision and recall 
 NEIGHBOURS = 3
 HEUN_STEPS = 18                 # of a teacher in training: 35 evaluations
 TEXT_SIDE = 256                 # to which DMD, DMD2 and PMDD bring Stable Diffusion's pictures
-MADE_BY = ("; python fid.py --data PICTURES --side {side} --resize {resize} --out {out} makes one; "
-           "COCO's pictures are val2014/*.jpg, of val2014.zip at cocodataset.org")
 
 
 def feature_network(dataset, cache=None, device="cpu", weights=None, resize="tf1"):
@@ -59,6 +57,12 @@ def dataset_of(shape, dataset, source):
     return "digits" if digits else dataset
 
 
+def made_by(side, resize, out=None):
+    return (f"; python fid.py --data PICTURES --side {side} --resize {resize} --out "
+            f"{out or 'FILE.npz'} makes one; COCO's pictures are val2014/*.jpg, of val2014.zip at "
+            "cocodataset.org")
+
+
 def has_reference(dataset):
     return dataset in DATASETS and bool(DATASETS[dataset].reference)
 
@@ -77,7 +81,7 @@ class Judge:
         """side: of the squares that are scored, of pictures from text; None: images as they are."""
         resize = resize or ("clean" if side else "tf1")
         self.device, self.real, self.clip, self.side = device, None, None, side
-        how = MADE_BY.format(side=side, resize=resize, out=reference or "FILE.npz") if side else ""
+        how = made_by(side, resize, reference) if side else ""
         if not (reference or has_reference(dataset)):
             raise UserError("no reference is known for these images: give "
                             + ("" if side else "--dataset or ") + "--reference" + how)
@@ -203,11 +207,12 @@ class Scorer:
         self.images, self.device, self.judge = config.evaluate_images, device, None
         if not config.evaluate_every:
             return
-        if not (options.reference or has_reference(config.dataset)):
-            say(f"no FID: no reference of {config.dataset} is known (--reference); best.pt is the "
-                "newest")
-            return
         text = "unet" in options.network
+        if not (options.reference or has_reference(config.dataset)):
+            how = made_by(TEXT_SIDE, "clean") if text else ""
+            say(f"no FID: no reference of {config.dataset} is known (--reference); best.pt is the "
+                f"newest{how}")
+            return
         self.labels = "balanced" if text else "random"          # with text the prompts in order
         self.judge = Judge(config.dataset, device, reference=options.reference,
                            inception=options.inception, cache=options.cache,
