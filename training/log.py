@@ -184,4 +184,19 @@ class Log:
         self.bar.close()
         if self.writes:
             draw_curves(read_metrics(self.metrics.path), self.folder / "curves.png")
+            print(self.summary(), flush=True)
         return 0
+
+    def summary(self):
+        """What the run came to, and how to look at it."""
+        own = f"@{self.config.stage or 'heun'}"
+        scored = [(value, line["iteration"] + 1, name) for line in read_metrics(self.metrics.path)
+                  for name, value in line.items() if "FID" in name and name.endswith(own)]
+        best = self.folder / "best.pt"
+        if not scored:
+            told = f"done; the newest weights: {best}"
+        else:
+            value, iteration, name = min(scored)
+            told = f"done; best {name} {value:.4g}, after {iteration:,} iterations: {best}"
+        how = f"--steps {self.config.stage}" if self.config.stage else "--teacher"
+        return f"{told}\nlook at it: python sample.py --checkpoint {best} {how}"
