@@ -6,27 +6,10 @@ SiD = arXiv:2404.04057 and the run script of its published code.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
-from losses import dm_loss, sid_loss
-from models import KARRAS, sigma_dm, sigma_grid, sigma_sid, sigma_trained
-from text_to_image import noise_table, variance_preserving
-
-
-class StudentLoss(NamedTuple):
-    """A row of the table that --loss chooses from."""
-    of: Callable            # config -> loss(x0, sigma, eps, y, *, teacher, adapted); None: no such
-    student_noise: Callable     # at which noise it compares the denoisers (Deviation 5)
-    adapted_noise: Callable     # at which noise the adapted network learns beside it
-
-
-LOSSES = {
-    "dm": StudentLoss(lambda config: partial(dm_loss, weighting=config.dm_weighting),
-                      sigma_dm, sigma_grid),
-    "sid": StudentLoss(lambda config: partial(sid_loss, alpha=config.alpha),
-                       sigma_sid, sigma_trained),
-    "none": StudentLoss(lambda config: None, sigma_dm, sigma_grid)}     # the extra terms alone
+from models import KARRAS, LOSSES
+from text_to_image import SD15_NETWORK, SD_LEVELS
 
 
 class Dataset(NamedTuple):
@@ -41,10 +24,8 @@ class Dataset(NamedTuple):
     hint: str = ""              # part of its published files' names
 
 
-SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                   num_train_timesteps=1000)
-SD_LEVELS = variance_preserving(noise_table(**SD_SCHEDULE))
-
+FACES_64 = dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet",
+                augment_dim=9, model_channels=128, channel_mult=[1, 2, 2, 2])
 DATASETS = {
     "digits": Dataset(
         dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
@@ -62,17 +43,11 @@ DATASETS = {
         dict(img_resolution=64, img_channels=3, label_dim=1000, model_type="DhariwalUNet",
              dropout=0.10),
         "edm-imagenet-64x64-cond-adm", "fid-imagenet-64x64", hint="imagenet"),
-    "ffhq64": Dataset(
-        dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet", augment_dim=9,
-             model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.05),
-        "edm-ffhq-64x64-uncond-vp", "fid-ffhq-64x64", hint="ffhq"),
-    "afhqv2-64": Dataset(
-        dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet", augment_dim=9,
-             model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.25),
-        "edm-afhqv2-64x64-uncond-vp", "fid-afhqv2-64x64", hint="afhqv2"),
-    "sd15": Dataset(
-        dict(unet=dict(sample_size=64, cross_attention_dim=768), prediction_type="epsilon",
-             schedule=SD_SCHEDULE), "stable-diffusion-v1-5/stable-diffusion-v1-5")}
+    "ffhq64": Dataset(FACES_64 | {"dropout": 0.05}, "edm-ffhq-64x64-uncond-vp", "fid-ffhq-64x64",
+                      hint="ffhq"),
+    "afhqv2-64": Dataset(FACES_64 | {"dropout": 0.25}, "edm-afhqv2-64x64-uncond-vp",
+                         "fid-afhqv2-64x64", hint="afhqv2"),
+    "sd15": Dataset(SD15_NETWORK, "stable-diffusion-v1-5/stable-diffusion-v1-5")}
 DIGITS, CIFAR10, IMAGENET64, SD15 = (DATASETS[name] for name in (
     "digits", "cifar10", "imagenet64", "sd15"))
 
