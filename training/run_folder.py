@@ -34,7 +34,7 @@ def open_run(folder, config, options):
     except OSError:
         raise UserError(f"another process is training in {folder}; wait for it or choose another "
                         "--folder") from None
-    for leftover in folder.glob(".*.tmp"):                  # of a run killed while it saved
+    for leftover in folder.rglob(".*.tmp"):                 # of a run killed while it saved
         leftover.unlink(missing_ok=True)
     path, (now, how) = folder / "config.json", as_json(config, options)
     started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()
