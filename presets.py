@@ -128,6 +128,8 @@ class Config:
     learning_rate: float = option(1e-5, "AdamW's, for student and adapted network")
     final_rate: float = option(1.0, "share of the learning rate that is left at the end, falling "
                                     "linearly; 1: constant, as in the papers")
+    warm_up: int = option(0, "iterations over which the learning rate rises linearly from 0; 0: "
+                             "none")
     betas: tuple = option((0.9, 0.999), "AdamW's")
     weight_decay: float = option(0.01, "AdamW's")
     clip: float = option(10.0, "largest L2 norm of a gradient; 0: no limit")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,16 @@ def file_digest(path, algorithm="sha256", length=None):
             digest.update(chunk)
             left -= len(chunk)
     return digest.hexdigest()
+
+
+def check_unpacked(path):
+    """torch.save compresses nothing: a zip that unpacks to more than its own size is a bomb."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > os.path.getsize(path):
+            raise UserError(f"{path}: unpacks to {size:,} bytes, more than the file has; "
+                            "torch.save writes no such file")
 
 
 def sync_folder(folder):

@@ -1,13 +1,12 @@
 """Pictures with captions: a folder or zip whose dataset.json, or .txt files beside them, tell."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from base.errors import UserError
-from images.real import decode, is_image, open_files
+from images.real import decode, is_image, listed, open_files
 
 
 class Captioned:
@@ -54,11 +53,11 @@ def open_captioned(source, size):
 
 def captions_of(path, found, read_bytes):
     """Name of a picture -> its caption."""
+    if "dataset.json" in found:
+        told = listed(path, filter(is_image, found), read_bytes) or {}
+        return {name: str(caption) for name, caption in told.items()}
     try:
-        if "dataset.json" in found:
-            return {str(name).replace("\\", "/"): str(caption)
-                    for name, caption in json.loads(read_bytes("dataset.json"))["labels"]}
         return {name: read_bytes(text).decode().strip() for name in found if is_image(name)
                 if (text := str(Path(name).with_suffix(".txt"))) in found}
-    except Exception as error:              # the files', and whatever JSON may hold
+    except Exception as error:              # the files'
         raise UserError(f"{path}: its captions cannot be read: {error}") from error
