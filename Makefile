@@ -4,10 +4,11 @@ DEMO = runs/demo
 # Fewer updates than the presets, so that the whole of it takes minutes on two cores.
 DEMO_TRAIN = .venv/bin/python train.py --folder $(DEMO) --evaluate-images 2000
 EMBEDDED = runs/embedded
+EXPORT = .venv/bin/python -m experiments.make_assets export
 
 .PHONY: demo test soak lint assets bench clean
 
-demo: .venv/run
+demo: .venv/curves
 	$(DEMO_TRAIN) --stage 1 --iterations 2000 --evaluate-every 500
 	$(DEMO_TRAIN) --stage 2 --iterations 2000 --evaluate-every 500
 	$(DEMO_TRAIN) --stage 3 --iterations 1000 --evaluate-every 500
@@ -27,21 +28,21 @@ soak: .venv/dev
 lint: .venv/dev
 	.venv/bin/ruff check .
 
-# The embedded networks and the README's figures of them, as they were recorded: one thread, seed 0.
+# The embedded networks and the README's scores of them, as they were recorded: one thread, seed 0.
 assets: .venv/run
 	OMP_NUM_THREADS=1 .venv/bin/python train.py --folder $(EMBEDDED) --stage 0
-	.venv/bin/python -m weights.checkpoint $(EMBEDDED)/stage0/best.pt assets/digits-teacher.pt
+	$(EXPORT) $(EMBEDDED)/stage0/best.pt assets/digits-teacher.pt
 	OMP_NUM_THREADS=1 .venv/bin/python train.py --folder $(EMBEDDED)
 	for k in 0 1 2 3; do mkdir -p results/embedded/stage$$k && cp $(EMBEDDED)/stage$$k/config.json \
 		$(EMBEDDED)/stage$$k/metrics.jsonl results/embedded/stage$$k; done
-	.venv/bin/python -m weights.checkpoint $(EMBEDDED)/stage3/best.pt assets/digits-student.pt
+	$(EXPORT) $(EMBEDDED)/stage3/best.pt assets/digits-student.pt
 	.venv/bin/python evaluate.py --dataset digits --runs none --steps 1 2 3 --heun 18 --repeats 3 \
 		--out results/embedded/evaluation.json
 	.venv/bin/python evaluate.py --dataset digits --heun 9 5 --out results/embedded/evaluation.json
 	.venv/bin/python sample.py --runs none --compare --force --out results/compare.png
 	.venv/bin/python -m experiments.readme
 
-# The figures of the README's section on speed; on a machine with nothing else to do.
+# The records behind docs/SPEED.md; on a machine with nothing else to do.
 BENCH = .venv/bin/python -m experiments.bench
 DIGITS = $(BENCH) --iterations 10 --repeats 7
 CIFAR10 = $(BENCH) --dataset cifar10 --batch 8 --warm-up 1
@@ -65,7 +66,12 @@ bench: .venv/run
 	.venv/bin/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-.venv/dev: requirements-dev.txt .venv/run
+# What draws the curves of a run; nothing needs it.
+.venv/curves: .venv/run
+	.venv/bin/python -m pip install --quiet "matplotlib>=3.8"
+	touch $@
+
+.venv/dev: requirements-dev.txt requirements-text.txt .venv/run
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 

@@ -193,7 +193,7 @@ def make_judge(job, args, device):
     judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
                   cache=args.cache)
     if args.precision_recall:
-        source = args.data or (DATASETS[dataset].data if dataset else "")
+        source = args.data or (DATASETS[dataset].data if dataset in DATASETS else "")
         if not source:
             raise UserError("--precision-recall needs real images: give --data")
         images = from_rank_zero(lambda: open_images(source, args.cache))

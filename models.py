@@ -264,7 +264,11 @@ class AdaptedWithHead(nn.Module):
 
 
 @torch.no_grad()
-def update_ema(ema, student, images, halflife_images):
-    """After `halflife_images` images the old average counts half (EDM's form; Deviation 10)."""
-    keep = 0.5 ** (images / halflife_images) if halflife_images else 0.0
+def update_ema(ema, student, images, halflife, rampup=0.0, seen=0):
+    """After `halflife` images the old average counts half (EDM F.2; Deviation 10).
+
+    With a ramp-up that is at most this share of the images `seen` by the updates before.
+    """
+    halflife = min(halflife, rampup * seen) if rampup else halflife
+    keep = 0.5 ** (images / halflife) if halflife else 0.0
     torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - keep)

@@ -98,7 +98,8 @@ def option(default, text, choices=None):
 @dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes; each field is a flag of train.py."""
-    dataset: str = option("digits", "what is distilled", tuple(DATASETS))
+    dataset: str = option("digits", f"what is distilled: {', '.join(DATASETS)}, or a name for your "
+                                    "own (with --teacher, or --stage 0 --data)")
     method: str = option("pmdd", "its losses, TTUR and schedule as published",
                          ("pmdd", "dmd", "dmd2", "sid"))
     stage: int = option(1, "steps of the student; 0 trains a teacher with EDM's loss")
@@ -140,6 +141,15 @@ class Config:
     evaluate_images: int = option(50_000, "images of an evaluation")
     save_every: int = option(1000, "iterations between checkpoints")
     seed: int = option(0, "seed of all random draws")
+    # Fields that came later: a default means what runs did before there was the field.
+    ema_rampup: float = option(0.0, "the average's half-life is at most this share of the images "
+                                    "that updates have seen; 0: no such limit")
+    augment: float = option(0.0, "stage 0: probability of each of EDM's augmentations")
+    model_channels: int = option(0, "stage 0: width of the network (0: the data set's own)")
+    channel_mult: tuple = option((), "stage 0: width of each level, in model_channels")
+    num_blocks: int = option(0, "stage 0: blocks of each level (0: the data set's own)")
+    attn_resolutions: tuple = option((), "stage 0: resolutions with attention")
+    dropout: float = option(-1.0, "stage 0: of the network (-1: the data set's own)")
 
     @property
     def has_previous(self):
@@ -187,6 +197,9 @@ DMD_CIFAR10 = replace(CIFAR10_ROW, **DMD, iterations=300_000, batch=392, learnin
 DMD2 = dict(method="dmd2", loss="dm", gan_weight=3e-3)
 DMD2_IMAGENET64 = replace(IMAGENET64_ROW, **DMD2, iterations=200_000, batch=280)
 SID = dict(method="sid", sigmas=(2.5,), ttur=1, betas=(0.0, 0.999), weight_decay=0.0, clip=0.0)
+
+FFHQ64_ROW = replace(CIFAR10_ROW, dataset="ffhq64", teacher=DATASETS["ffhq64"].teacher, batch=512)
+AFHQV2_64_ROW = replace(FFHQ64_ROW, dataset="afhqv2-64", teacher=DATASETS["afhqv2-64"].teacher)
 
 # EDM Table 7, for stage 0.
 TEACHER = dict(stage=0, teacher="", sigmas=(), final_rate=1.0, weight_decay=0.0, clip=0.0)
@@ -251,6 +264,13 @@ PRESETS = {
         "ours: DMD2 has no CIFAR-10 row; its terms, PMDD's A.1 otherwise",
         "none", None),
 
+    ("ffhq64", "sid", 1, ""): Preset(
+        replace(FFHQ64_ROW, **SID | {"betas": (0.9, 0.999)}, iterations=976_562),
+        "SiD, published code's README", "4 GPUs", 1.550),
+    ("afhqv2-64", "sid", 1, ""): Preset(
+        replace(AFHQV2_64_ROW, **SID, alpha=1.0, iterations=976_562, learning_rate=5e-6),
+        "SiD, published code's README", "4 GPUs", 1.628),
+
     ("cifar10", "sid", 1, ""): Preset(
         replace(CIFAR10_ROW, **SID, iterations=3_125_000),
         "SiD, published code's README", "4 GPUs", 1.710),
@@ -306,33 +326,55 @@ PRESETS = {
         OURS, CPU, None),
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10_ROW, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
-                evaluate_every=10_000),
-        "EDM Table 7, without augmentation and ramp-up", "8 V100", None),
+                augment=0.12, ema_rampup=0.05, evaluate_every=10_000),
+        "EDM Table 7", "8 V100", None),
+    ("ffhq64", "pmdd", 0, ""): Preset(
+        replace(FFHQ64_ROW, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4,
+                augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
+        "EDM Table 7", "8 V100", None),
+    ("afhqv2-64", "pmdd", 0, ""): Preset(
+        replace(AFHQV2_64_ROW, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4,
+                augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
+        "EDM Table 7", "8 V100", None),
     ("imagenet64", "pmdd", 0, ""): Preset(
         replace(IMAGENET64_ROW, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
-                ema_halflife=50_000_000, evaluate_every=10_000),
-        "EDM Table 7, without ramp-up", "32 A100", None),
+                ema_halflife=50_000_000, ema_rampup=0.05, evaluate_every=10_000),
+        "EDM Table 7", "32 A100", None),
 }
 
 
-def find(dataset, method, stage, variant=""):
-    """The row, or a ValueError that lists what there is.
+def find(dataset, method, stage, variant="", network=None, teacher=""):
+    """The row; where a data set has none for a method, the nearest published one by resolution.
 
-    DMD2 with n steps trained together by backward simulation is its one-step row with n sigmas.
+    A ValueError lists what there is. DMD2 with n steps trained together by backward simulation is
+    its one-step row with n sigmas.
     """
     if stage == 0:
         method = "pmdd"                                 # a teacher is of no method
     if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
-        row = find(dataset, method, 1, variant)
+        row = find(dataset, method, 1, variant, network, teacher)
         return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(
             row.config, stage=stage, sigmas=schedule(dataset)[:stage], trained_step="random"))
-    try:
+    if (dataset, method, stage, variant) in PRESETS:
         return PRESETS[dataset, method, stage, variant]
-    except KeyError:
-        near = sorted((s, v) for d, m, s, v in PRESETS if d == dataset and m == method)
-        if method == "dmd2":
-            near += [(s, v) for s in range(2, len(PMDD_SIGMAS) + 1) for _, v in near]
-        listed = ", ".join(f"--stage {s}" + (f" --variant {v}" if v else "") for s, v in near)
-        raise ValueError(f"no preset for --dataset {dataset} --method {method} --stage {stage}"
-                         + (f" --variant {variant}" if variant else "")
-                         + f"; there is: {listed or 'none for this method'}") from None
+    known = {d for d, m, s, _ in PRESETS if m == method and (s == 0) == (stage == 0)}
+    if dataset not in known and network and not variant:
+        near = nearest(network, stage)
+        row = find(near, method, stage)
+        return replace(row, paper_fid=None, paper_clip=None, hours="-", gpus="none",
+                       source=f"the nearest published row by resolution, of {near}: {row.source}",
+                       config=replace(row.config, dataset=dataset, teacher=teacher))
+    near = sorted((s, v) for d, m, s, v in PRESETS if d == dataset and m == method)
+    if method == "dmd2":
+        near += [(s, v) for s in range(2, len(PMDD_SIGMAS) + 1) for _, v in near]
+    listed = ", ".join(f"--stage {s}" + (f" --variant {v}" if v else "") for s, v in near)
+    raise ValueError(f"no preset for --dataset {dataset} --method {method} --stage {stage}"
+                     + (f" --variant {variant}" if variant else "")
+                     + f"; there is: {listed or 'none for this method'}")
+
+
+def nearest(network, stage):
+    """Up to 32 pixels CIFAR-10; above ImageNet-64, or to train a teacher FFHQ-64."""
+    if "unet" in network:
+        return "sd15"
+    return "cifar10" if network["img_resolution"] <= 32 else "imagenet64" if stage else "ffhq64"

@@ -26,7 +26,6 @@ from images.prompts import read_prompts
 from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
 from models import Guided, sample_student
-from presets import DATASETS
 from weights.opening import (LARGEST_NUMBER, Opened, Parser, check_sigmas, churn_options,
                              open_student, open_teacher, steps_text)
 
@@ -225,7 +224,8 @@ def write_picture(path, blocks, args, rows, labels):
         order, counts = np.argsort(classes, kind="stable"), np.unique(classes, return_counts=True)
         if len(set(counts[1])) == 1:
             variants, columns = [variants[0][order]], counts[1][0]
-            labelled = {"row_labels": [class_name(rows[0].opened.dataset, c) for c in counts[0]]}
+            names = rows[0].opened.class_names
+            labelled = {"row_labels": [class_name(names, c) for c in counts[0]]}
     save_png(grid(np.concatenate(variants), columns, **labelled), path)
 
 
@@ -246,8 +246,7 @@ def larger(images):
     return max(1, 128 // images.shape[2])
 
 
-def class_name(dataset, number):
-    names = DATASETS[dataset].class_names if dataset else ()
+def class_name(names, number):
     return names[number] if number < len(names) else str(number)
 
 

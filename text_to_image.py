@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from base.errors import UserError, run
-from models import (Conditions, Levels, classes_as_conditions, from_uint8, sigma_grid,
-                    to_uint8)
+from models import Conditions, Levels, classes_as_conditions, from_uint8, sigma_grid, to_uint8
 
 SIZES = 6                       # SDXL's height and width, crop, height and width again
 WEIGHTS = "diffusion_pytorch_model"                     # a file's name, as diffusers saves it

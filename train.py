@@ -11,6 +11,7 @@ DMD2 = arXiv:2405.14867, SiD = arXiv:2404.04057.
 """
 
 import math
+import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -84,7 +85,8 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                         x_ref, part.image_ref, distance=roles.distance)
                 backward(terms, student_losses, len(parts))
         update(student_optimizer, student_losses, "student_gradient", config.clip)
-        update_ema(roles.ema, student, config.batch, config.ema_halflife)
+        update_ema(roles.ema, student, config.batch, config.ema_halflife, config.ema_rampup,
+                   parts[0].seen)
     else:
         for part in parts:
             with torch.no_grad(), autocast():
@@ -113,12 +115,15 @@ def teacher_iteration(config, roles, optimizers, parts, student_turn, autocast=n
     roles.student.train()
     for part in parts:
         with sync_gradients(roles.student_ddp, part is parts[-1]), autocast():
+            network = roles.student_ddp
+            if config.augment:
+                network = partial(network, augment_labels=part.augment_labels)
             backward({"denoising": edm_loss(part.real, part.sigma, part.eps, part.y_real,
-                                            teacher=roles.student_ddp,
-                                            sigma_data=roles.student.sigma_data)},
+                                            teacher=network, sigma_data=roles.student.sigma_data)},
                      losses, len(parts))
     update(optimizers[0], losses, "student_gradient", config.clip)
-    update_ema(roles.ema, roles.student, config.batch, config.ema_halflife)
+    update_ema(roles.ema, roles.student, config.batch, config.ema_halflife, config.ema_rampup,
+               parts[0].seen)
     return losses, parts[-1].real
 
 
@@ -245,29 +250,37 @@ def describe(stage):
 
 def main(argv=None):
     stages = parse(argv)
-    device = distributed.start(stages[0].options.device)
     set_precision(stages[0].options.precision)
     torch.backends.cudnn.benchmark = True
-    code, stop = 0, None
-    for stage in stages:
-        describe(stage)
-        if stage.options.dry_run:
-            if distributed.rank() == 0:
-                print(report(iteration_of(stage.config), stage, device))
-            continue
-        stop = stop or StopSignal()
-        lock, made = open_run(stage.options.folder, stage.config, stage.options)
-        try:
-            code = distill(stage.config, stage.options, device, stop)
-        except BaseException:
-            drop_unused(stage.options.folder, made)
-            raise
-        if code:
-            break
-        if lock:
-            lock.close()
+    if stages[0].options.dry_run:                       # also where the GPUs are not
+        for stage in stages if os.environ.get("RANK", "0") == "0" else ():
+            describe(stage)
+            print(report(iteration_of(stage.config), stage))
+        return 0
+    device, stop, code = distributed.start(stages[0].options.device), StopSignal(), 0
+    try:
+        for stage in stages:
+            describe(stage)
+            code = run_stage(stage, device, stop)
+            if code:
+                break
+    finally:
+        stop.restore()
     distributed.finish()
     return code
+
+
+def run_stage(stage, device, stop):
+    """In its folder, which it alone holds. Returns an exit code."""
+    lock, made = open_run(stage.options.folder, stage.config, stage.options)
+    try:
+        return distill(stage.config, stage.options, device, stop)
+    except BaseException:
+        drop_unused(stage.options.folder, made)
+        raise
+    finally:
+        if lock:
+            lock.close()
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def open_captioned(source, size):
 def captions_of(path, found, read_bytes):
     """Name of a picture -> its caption."""
     if "dataset.json" in found:
-        told = listed(path, filter(is_image, found), read_bytes) or {}
-        return {name: str(caption) for name, caption in told.items()}
+        told, _ = listed(path, filter(is_image, found), read_bytes)
+        return {name: str(caption) for name, caption in (told or {}).items()}
     try:
         return {name: read_bytes(text).decode().strip() for name in found if is_image(name)
                 if (text := str(Path(name).with_suffix(".txt"))) in found}

@@ -29,7 +29,8 @@ class Images:
 
     conditions, to_x = None, staticmethod(from_uint8)       # the network's own; pixels -> x
 
-    def __init__(self, name, shape, labels, read, classes):
+    def __init__(self, name, shape, labels, read, classes, class_names=()):
+        self.class_names = tuple(class_names)
         self.name, self.shape, self.labels, self.read = name, shape, labels, read
         self.classes = classes              # how many; 0: none
 
@@ -111,7 +112,7 @@ def folder_or_zip(path):
     names, has_labels = sorted(filter(is_image, found)), "dataset.json" in found
     if not names:
         raise UserError(f"no images in {path}; wanted: {', '.join(IMAGE_FILES)}")
-    labels = read_labels(path, names, read_bytes) if has_labels else None
+    labels, class_names = read_labels(path, names, read_bytes) if has_labels else (None, ())
     classes = 0 if labels is None else int(labels.max()) + 1
     first = decode(path, names[0], read_bytes)
 
@@ -126,7 +127,7 @@ def folder_or_zip(path):
         return image
 
     labels = np.zeros(len(names), np.int64) if labels is None else labels
-    return Images(str(path), first.shape, labels, read, classes)
+    return Images(str(path), first.shape, labels, read, classes, class_names)
 
 
 def is_image(name):
@@ -179,24 +180,27 @@ def decode(path, name, read_bytes):
 
 
 def read_labels(path, names, read_bytes):
-    """Classes [N] from dataset.json, in the order of names; None where it says null."""
-    told = listed(path, names, read_bytes)
+    """Classes [N] from dataset.json, in the order of names, None where it says null; and what it
+    calls them, where it has "classes": [name, ...] too."""
+    told, class_names = listed(path, names, read_bytes)
     if told is None:
-        return None
+        return None, ()
     for name in names:
         label = told.get(slashed(name))
         if type(label) is not int or not 0 <= label < 1 << 31:
             raise UserError(f"{path}: dataset.json gives {name} the class {label!r}; allowed: "
                             "whole numbers from 0")
-    return np.array([told[slashed(name)] for name in names], np.int64)
+    return np.array([told[slashed(name)] for name in names], np.int64), class_names
 
 
 def listed(path, names, read_bytes):
-    """What dataset.json tells of each of these images, by name; None where it says null."""
+    """What dataset.json tells of each of these images, by name, None where it says null; and its
+    names of the classes."""
     try:
-        pairs = json.loads(read_bytes("dataset.json"))["labels"]
+        content = json.loads(read_bytes("dataset.json"))
+        pairs, class_names = content["labels"], list(map(str, content.get("classes") or ()))
         if pairs is None:
-            return None
+            return None, ()
         pairs = [(slashed(str(name)), label) for name, label in pairs]
     except Exception as error:              # the file's, and whatever JSON may hold
         raise UserError(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}}: "
@@ -207,7 +211,7 @@ def listed(path, names, read_bytes):
             raise UserError(f"{path}: dataset.json names {name[:200]}, "
                             + ("twice" if name in told else "which is no image there"))
         told[name] = label
-    return told
+    return told, class_names
 
 
 def slashed(name):

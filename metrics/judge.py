@@ -52,6 +52,10 @@ def dataset_of(shape, dataset, source):
     return "digits" if digits else dataset
 
 
+def has_reference(dataset):
+    return dataset in DATASETS and bool(DATASETS[dataset].reference)
+
+
 def find_reference(name, cache):
     """A file of this repository, or a published one in the cache."""
     embedded = ROOT / name
@@ -63,7 +67,7 @@ class Judge:
 
     def __init__(self, dataset, device, *, reference=None, inception=None, cache=None):
         self.device, self.real = device, None
-        if not (reference or dataset in DATASETS and DATASETS[dataset].reference):
+        if not (reference or has_reference(dataset)):
             raise UserError("no reference is known for these images: give --dataset or --reference")
         self.path = reference or find_reference(DATASETS[dataset].reference, cache)
         if not Path(self.path).is_file():
@@ -166,7 +170,7 @@ class Scorer:
         self.images, self.device, self.judge = config.evaluate_images, device, None
         if not config.evaluate_every:
             return
-        if not (options.reference or DATASETS[config.dataset].reference):
+        if not (options.reference or has_reference(config.dataset)):
             say(f"no FID: no reference of {config.dataset} is known (--reference); best.pt is the "
                 "newest")
             return

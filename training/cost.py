@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from images.real import Images
 from metrics.judge import HEUN_STEPS
 from models import Conditions, Guided
-from presets import DATASETS
 from training.draws import Sources, cut, draw, steps_trained
 from training.kept import Rows
 from training.roles import Roles, assemble, store_frozen, trainable
@@ -304,8 +303,9 @@ def process_memory(tensors):
 
 # ---- What --dry-run prints ----
 
-def report(iterate, stage, device):
-    config, options, network = stage.config, stage.options, DATASETS[stage.config.dataset].network
+def report(iterate, stage):
+    config, options = stage.config, stage.options
+    network = options.network
     parts = config.batch // options.world_size // options.batch_per_gpu
     sizes = memory(iterate, config, network, options.batch_per_gpu, options.world_size,
                    options.precision)
@@ -317,7 +317,8 @@ def report(iterate, stage, device):
               "images an iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     lines += [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]
-    if device.type == "cpu" and (whole := process_memory(total)):
+    on_cpu = options.device == "cpu" or not (options.device or torch.cuda.is_available())
+    if on_cpu and (whole := process_memory(total)):
         lines += ["memory, one whole process, with Python, libraries and the heap's holes: "
                   f"{whole / 2**20:,.0f} MiB"]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from base import distributed
+from images.augment import apply_augmentation, draw_augmentation
 from models import Conditions, Levels, sigma_grid, sigma_trained
 from presets import LOSSES
 
@@ -46,11 +47,11 @@ def draw(config, step, sources):
     file_index = partial(torch.randint, size=(B,), generator=host_rng)
     normal = partial(torch.randn, generator=rng, device=device)
     if config.stage == 0:
-        return draw_for_teacher(config, sources, rng, file_index, normal)
+        return draw_for_teacher(config, step, sources, rng, host_rng, file_index, normal)
 
     student_turn, loss, n = (step % config.ttur == 0, LOSSES[config.loss],
                              steps_trained(config, step))
-    drawn = {"sigmas": config.sigmas[:n],
+    drawn = {"sigmas": config.sigmas[:n], "seen": step // config.ttur * B,
              "z": normal(B, *sources.shape), "noises": normal(B, n - 1, *sources.shape),
              "index": None if not count else file_index(count) if on_host else torch.randint(
                  count, (B,), generator=rng, device=device),
@@ -68,13 +69,16 @@ def draw(config, step, sources):
     return drawn
 
 
-def draw_for_teacher(config, sources, rng, file_index, normal):
+def draw_for_teacher(config, step, sources, rng, host_rng, file_index, normal):
     """Stage 0: real images, and the noise that such a teacher is trained with."""
     if rng:
         torch.manual_seed(rng.initial_seed() + distributed.rank())          # for dropout
-    return {"real_index": file_index(len(sources.real)),
-            "sigma": sigma_trained(sources.levels, config.batch, rng),
-            "eps": normal(config.batch, *sources.shape)}
+    drawn = {"real_index": file_index(len(sources.real)),
+             "sigma": sigma_trained(sources.levels, config.batch, rng),
+             "eps": normal(config.batch, *sources.shape), "seen": step * config.batch}
+    if config.augment:
+        drawn["augment"] = draw_augmentation(config.batch, config.augment, host_rng)
+    return drawn
 
 
 def cut(drawn, config, sources, options):
@@ -100,6 +104,8 @@ def cut(drawn, config, sources, options):
             images, index = sources.real.take(part.real_index.tolist())
             part.real = sources.real.to_x(moved(images))
             part.y_real = embed(sources.real.conditions or conditions, index)
+        if "augment" in drawn:
+            part.real, part.augment_labels = apply_augmentation(part.real, part.augment)
         if "pair_index" in drawn:
             z_ref, image_ref, index = sources.pairs.take(part.pair_index.tolist())
             part.z_ref, part.image_ref = moved(z_ref), moved(image_ref).float()

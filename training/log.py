@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 import time
 from functools import partial
 
@@ -37,14 +38,20 @@ def save_samples(network, sigmas, path, device, columns=8):
 class StopSignal:
     """A signal asks the loop to finish its iteration, save and leave with exit code 3.
 
-    SIGTERM, Ctrl-C, and a terminal that is closed (unless nohup has it ignored).
+    SIGTERM, SIGUSR1 (a batch system's, before its time limit), Ctrl-C, and a terminal that is
+    closed (unless nohup has it ignored). In a thread of somebody's program nothing is caught.
     """
 
     def __init__(self):
-        self.received = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.receive)
+        self.received, self.before = None, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.receive)
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def receive(self, number, frame):
         if self.received and number == signal.SIGINT:       # a second Ctrl-C: at once

@@ -10,11 +10,15 @@ from typing import NamedTuple
 from base import distributed
 from base.errors import Parser, UserError
 from presets import Config, Preset, find
+from training.subject import subject_of
 
 # What says nothing about a teacher in training.
 STUDENTS = ("teacher", "guidance", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
             "unforget_weight", "external_sampling", "gan_weight", "gan_adapted_weight",
             "regression_weight", "regression_pairs", "regression_steps", "ttur")
+# And what of a student.
+ARCHITECTURE = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
+TEACHERS = ("augment", *ARCHITECTURE)
 
 
 class Stage(NamedTuple):
@@ -40,6 +44,8 @@ class Options:
     force: bool
     dry_run: bool
     world_size: int
+    network: dict               # the teacher's architecture, for stage 0 and plans
+    class_names: tuple
 
 
 def parser():
@@ -51,13 +57,13 @@ def parser():
     preset = parser.add_argument_group("what is computed (default: the preset's value)")
     for f in dataclasses.fields(Config):
         flag, kwargs = "--" + f.name.replace("_", "-"), dict(f.metadata, default=argparse.SUPPRESS)
-        if f.name in ("dataset", "method"):
-            kwargs["default"] = f.default
+        if f.name in ("method", "dataset", "teacher", "stage"):
+            kwargs |= dict(default=f.default if f.name == "method" else None, type=type(f.default))
         elif isinstance(f.default, bool):
             kwargs |= dict(action=argparse.BooleanOptionalAction)
             del kwargs["choices"]
         elif isinstance(f.default, tuple):
-            kwargs |= dict(type=float, nargs="+")
+            kwargs |= dict(type=int if f.name in ARCHITECTURE else float, nargs="+")
         else:
             kwargs["type"] = type(f.default)
         preset.add_argument(flag, **kwargs)
@@ -91,23 +97,33 @@ def parse(argv=None):
     """The stages to train, in order."""
     args = parser().parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
-             if hasattr(args, f.name)}
-    needless = [k for k in given if k in STUDENTS]
-    if needless and given.get("stage") == 0:
-        raise UserError(f"--{needless[0].replace('_', '-')} is for a student; --stage 0 trains a "
-                        "teacher")
-    stages = [given["stage"]] if "stage" in given else [1, 2, 3] if args.method == "pmdd" else [1]
+             if getattr(args, f.name, None) is not None}
+    refuse_needless(given)
+    stages = [args.stage] if args.stage is not None else [1, 2, 3] if args.method == "pmdd" else [1]
     if "start_from" in given and (len(stages) > 1 or stages == [0]):
         raise UserError("--start-from is for one stage of a student: give --stage 1, 2 or 3")
-    wanted = []
+    subject, wanted = subject_of(args), []
     for stage in stages:
         try:
-            preset = find(args.dataset, args.method, stage, args.variant)
+            preset = find(subject.name, args.method, stage, args.variant, subject.network,
+                          subject.teacher)
         except ValueError as error:
             raise UserError(str(error)) from None
-        config = merge(preset.config, given | {"stage": stage}, all_stages=len(stages) > 1)
-        wanted.append(Stage(preset, config, options(args, config)))
+        teacher = {} if stage == 0 else {"teacher": subject.teacher_of(preset)}
+        config = merge(preset.config, given | teacher | {"stage": stage, "dataset": subject.name},
+                       all_stages=len(stages) > 1)
+        wanted.append(Stage(preset, config, options(args, config, subject)))
     return wanted
+
+
+def refuse_needless(given):
+    """Flags that say nothing about a teacher in training, or about a student."""
+    stage0 = given.get("stage") == 0
+    needless = [k for k in given if k in (STUDENTS if stage0 else TEACHERS)]
+    if needless:
+        raise UserError(f"--{needless[0].replace('_', '-')} is for a "
+                        + ("student; --stage 0 trains a teacher" if stage0 else
+                           "teacher in training: --stage 0"))
 
 
 def merge(config, given, all_stages):
@@ -156,7 +172,14 @@ def check(config):
                 "at least 1 with --regression-weight")
 
 
-def options(args, config):
+def architecture(config, network):
+    """The data set's own, with the flags that were given."""
+    fields = {f.name: f.default for f in dataclasses.fields(Config)}
+    return network | {name: list(value) if isinstance(value, tuple) else value
+                      for name in ARCHITECTURE if (value := getattr(config, name)) != fields[name]}
+
+
+def options(args, config, subject):
     world_size = distributed.processes()
     if config.batch % world_size:
         raise UserError(f"--batch {config.batch} cannot be divided by {world_size} processes; "
@@ -170,4 +193,5 @@ def options(args, config):
     folder = Path(args.folder or Path("runs") / name) / f"stage{config.stage}"
     return Options(folder, args.data or config.dataset, args.reference, args.inception,
                    args.prompts, args.cache, args.device, per_gpu, args.precision, args.compile,
-                   args.force, args.dry_run, world_size)
+                   args.force, args.dry_run, world_size, architecture(config, subject.network),
+                   subject.class_names)

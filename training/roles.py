@@ -16,7 +16,6 @@ from base.files import ROOT
 from edm_networks import EDMPrecond
 from images.prompts import read_prompts
 from models import AdaptedWithHead, Guided
-from presets import DATASETS
 from weights import checkpoint
 from weights.opening import Opened, open_network, steps_text
 from weights.pretrained import PUBLISHED_NETWORKS
@@ -24,7 +23,7 @@ from weights.pretrained import PUBLISHED_NETWORKS
 
 def load_teacher(config, options):
     """A published network or pipeline, a file in one of the published formats, or a stage 0."""
-    source, text = config.teacher, "unet" in DATASETS[config.dataset].network
+    source, text = config.teacher, "unet" in options.network
     if source not in PUBLISHED_NETWORKS and not text:
         source = Path(source) if Path(source).exists() else ROOT / source
         if not source.is_file():
@@ -36,7 +35,7 @@ def load_teacher(config, options):
         raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")
     if text:
         return opened
-    made, wanted = opened.network.config, DATASETS[config.dataset].network
+    made, wanted = opened.network.config, options.network
     if any(made[k] != wanted[k] for k in ("img_resolution", "img_channels")):
         raise UserError(f"--teacher {config.teacher} makes images of {made['img_resolution']} "
                         f"pixels and {made['img_channels']} channels, {config.dataset} has "
@@ -84,6 +83,7 @@ class Roles:
     previous: nn.Module | None = None       # the frozen student of the stage before
     adapted: nn.Module | None = None        # with DMD2's head, where there is a GAN
     opened: Opened | None = None            # where the teacher came from, with its pipeline
+    class_names: tuple = ()
     distance: Callable | None = None        # DMD's, between the student's images and the teacher's
     made_from: dict = field(default_factory=dict)       # hashes of the weights that they began with
 
@@ -97,8 +97,8 @@ def load_roles(config, options, device):
     """Loaded, copied and on the device; stage 0 has an untrained network."""
     if config.stage == 0:
         torch.manual_seed(config.seed)
-        student = EDMPrecond(**DATASETS[config.dataset].network)
-        roles = Roles(trainable(student), copy.deepcopy(student))
+        student = EDMPrecond(**options.network)
+        roles = Roles(trainable(student, augmented=config.augment > 0), copy.deepcopy(student))
     else:
         opened = load_teacher(config, options)
         teacher = opened.network
@@ -110,6 +110,7 @@ def load_roles(config, options, device):
             made_from["start"] = checkpoint.weights_digest(begin["ema"])
         roles = assemble(config, teacher, begin)
         roles.made_from, roles.opened = made_from, opened
+    roles.class_names = options.class_names
     for network in (roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema):
         if network is not None:
             network.to(device).eval()                   # no dropout while distilling (Deviation 6)
@@ -158,12 +159,12 @@ def prompts_of(options):
     return read_prompts(options.prompts)
 
 
-def trainable(network):
-    """All weights but those of augmentation labels, which nothing here gives: no gradient reaches
+def trainable(network, augmented=False):
+    """All weights, but those of augmentation labels where nothing gives these: no gradient reaches
     them, and DistributedDataParallel would wait for one."""
     network.requires_grad_(True)
     for name, parameter in network.named_parameters():
-        if "map_augment" in name:
+        if "map_augment" in name and not augmented:
             parameter.requires_grad_(False)
     return network
 
@@ -188,7 +189,8 @@ def payload(config, roles, optimizers, iteration, best_fid, scores):
     content = {"dataset": config.dataset, "method": config.method, "stage": config.stage,
                "sigmas": list(config.sigmas), "network": roles.student.config,
                "iteration": iteration, "fid": scores, "best_fid": best_fid,
-               "made_from": roles.made_from}
+               "made_from": roles.made_from, "teacher": config.teacher,
+               "class_names": list(roles.class_names)}
     for name, network in saved_networks(roles).items():
         if optimizers or name != "student":
             content[name] = network.state_dict()

@@ -29,6 +29,8 @@ class Opened:
     dataset: str | None         # None: a file that does not say
     path: Path
     ours: bool
+    class_names: tuple = ()
+    teacher: str = ""           # what a student was made from, where its file says
     base: str = ""              # name of the pipeline around a text-to-image network,
     pipeline: Pipeline | None = None    # and itself, once it is needed
 
@@ -78,8 +80,10 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
                                 "--teacher")
     if dataset and known and dataset != known:
         raise UserError(f"--dataset {dataset}: {source} is of {known}")
-    base = payload.get("pipeline", "") if payload else ""
-    return Opened(network, levels, known or dataset, path, bool(payload), base)
+    told, known = payload or {}, known or dataset
+    names = told.get("class_names") or (DATASETS[known].class_names if known in DATASETS else ())
+    return Opened(network, levels, known, path, bool(payload), tuple(names),
+                  told.get("teacher", ""), told.get("pipeline", ""))
 
 
 def open_text(source, dataset):
@@ -87,11 +91,12 @@ def open_text(source, dataset):
     path = Path(source)
     if (path / "sampling.json").is_file():
         network, sigmas, base = load_exported(path)
-        return Opened(network, tuple(sigmas), dataset, path, False, base)
+        return Opened(network, tuple(sigmas), dataset, path, False, base=base)
     known = next((name for name, one in DATASETS.items() if one.teacher == str(source)), dataset)
     named = not path.exists() and known in DATASETS and "unet" in DATASETS[known].network
     if named or (path / "model_index.json").is_file():
-        return Opened(load_pipeline_network(str(source)), (), known, path, False, str(source))
+        return Opened(load_pipeline_network(str(source)), (), known, path, False,
+                      base=str(source))
     return None
 
 
@@ -111,6 +116,8 @@ def read_ours(source):
 
 def default_teacher(dataset, classes=None):
     """The embedded or published teacher; of a student without classes (0), the one without."""
+    if dataset not in DATASETS:
+        raise UserError(f"no teacher is known for dataset {dataset}: name one with --teacher FILE")
     known = DATASETS[dataset]
     if known.unconditional and classes == 0:
         return known.unconditional
@@ -134,7 +141,7 @@ def default_student(steps, dataset, runs):
     wanted = f"{steps}-step student" if steps else "student"
     if found:
         return max(found)[1], f"the newest {wanted} under {runs}"
-    embedded = DATASETS[dataset or "digits"].student
+    embedded = DATASETS[dataset or "digits"].student if (dataset or "digits") in DATASETS else ""
     if not embedded:
         raise UserError(f"no {wanted} of {dataset} under {runs}: train one (python train.py "
                         f"--dataset {dataset}), or name one with --checkpoint")
@@ -154,6 +161,8 @@ def open_student(args, steps=0):
 def open_teacher(args, student=None):
     """--teacher FILE; else the teacher of the student's dataset, or without one --checkpoint."""
     source = args.teacher if isinstance(args.teacher, str) else None
+    if student and not source and Path(student.teacher).is_file():
+        source = student.teacher
     if student and not source:
         if not student.dataset:
             raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
@@ -193,8 +202,9 @@ class Parser(errors.Parser):
         what.add_argument("--sigmas", type=float, nargs="+", metavar="S",
                           help="noise level of each step, for a published student (default: 2.5 "
                                "for a .pkl, as SiD's; 80 for a .bin, as DMD2's)")
-        what.add_argument("--dataset", choices=list(DATASETS),
-                          help="choose the run, the teacher and the reference by it")
+        what.add_argument("--dataset", metavar="NAME",
+                          help="choose the run, the teacher and the reference by it: "
+                               f"{', '.join(DATASETS)}, or that of a run of your own")
         what.add_argument("--runs", default="runs", help="folder of runs (default: runs)")
         what.add_argument("--churn", type=float, nargs="+", default=[0.0], metavar="S",
                           help="noise that a teacher's sampler adds (EDM Alg. 2): S_churn, or "
