@@ -31,8 +31,8 @@ from metrics.evaluations import read_records, record, records_under, table
 from metrics.judge import MANIFOLD, NEIGHBOURS, Judge, dataset_of
 from models import sample_every_step
 from presets import DATASETS
-from weights.opening import (LARGEST_NUMBER, Parser, churn_options, open_student, open_teacher,
-                             steps_text)
+from weights.opening import (LARGEST_NUMBER, SEEDS, Parser, churn_options, open_student,
+                             open_teacher, steps_text)
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
 LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}
@@ -87,6 +87,9 @@ def check(args):
                         or args.repeats > 1):
         raise UserError("--images has no seeds or steps: leave out --checkpoint, --teacher, "
                         "--steps, --heun and --repeats")
+    if args.repeats * (args.n or 50_000) > SEEDS:
+        raise UserError(f"--repeats {args.repeats}: its seeds go beyond {SEEDS - 1:,}, from where "
+                        "on torch draws the same images again")
     churn_options(args.churn)
     if args.teacher and args.steps and not args.heun:
         raise UserError("--steps is for a student; a teacher takes --heun")
@@ -110,6 +113,7 @@ class Job:
     blocks: Callable            # range of seeds or indices -> blocks of them
     source: Path
     ours: bool = False
+    classes: int = 0            # that an image can be of
 
 
 def open_jobs(args, device):
@@ -163,7 +167,8 @@ def network_job(opened, sampler, what, sampling, args, device):
         return sample_block(network, seeds, sampler, asked, device, args.precision)
 
     return Job(what, network.shape, opened.dataset, task, [protocol | s for s in sampling], n,
-               partial(seed_blocks, network=network, device=device), opened.path, opened.ours)
+               partial(seed_blocks, network=network, device=device), opened.path, opened.ours,
+               classes)
 
 
 def images_job(args):
@@ -183,7 +188,8 @@ def images_job(args):
     def blocks(indices):
         return [indices[k:k + 64] for k in range(0, len(indices), 64)]
 
-    return Job([("images", 0)], images.shape, args.dataset, task, [protocol], n, blocks, path)
+    return Job([("images", 0)], images.shape, args.dataset, task, [protocol], n, blocks, path,
+               classes=images.classes)
 
 
 # ---- Scoring ----
@@ -192,6 +198,9 @@ def make_judge(job, args, device):
     dataset = dataset_of(job.shape, args.dataset or job.dataset, shown(job.source))
     judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
                   cache=args.cache)
+    if judge.network.knows_classes and job.classes > judge.network.classes:
+        raise UserError(f"{shown(job.source)} has class {job.classes - 1}, out of range: "
+                        f"{judge.network.name} knows 0 to {judge.network.classes - 1}")
     if args.precision_recall:
         source = args.data or (DATASETS[dataset].data if dataset in DATASETS else "")
         if not source:

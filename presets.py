@@ -129,8 +129,6 @@ class Config:
     learning_rate: float = option(1e-5, "AdamW's, for student and adapted network")
     final_rate: float = option(1.0, "share of the learning rate that is left at the end, falling "
                                     "linearly; 1: constant, as in the papers")
-    warm_up: int = option(0, "iterations over which the learning rate rises linearly from 0; 0: "
-                             "none")
     betas: tuple = option((0.9, 0.999), "AdamW's")
     weight_decay: float = option(0.01, "AdamW's")
     clip: float = option(10.0, "largest L2 norm of a gradient; 0: no limit")
@@ -142,6 +140,8 @@ class Config:
     save_every: int = option(1000, "iterations between checkpoints")
     seed: int = option(0, "seed of all random draws")
     # Fields that came later: a default means what runs did before there was the field.
+    warm_up: int = option(0, "iterations over which the learning rate rises linearly from 0; 0: "
+                             "none")
     ema_rampup: float = option(0.0, "the average's half-life is at most this share of the images "
                                     "that updates have seen; 0: no such limit")
     augment: float = option(0.0, "stage 0: probability of each of EDM's augmentations")

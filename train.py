@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from base import distributed
 from base.devices import set_precision
 from base.distributed import say, sync_gradients
-from base.errors import run
+from base.errors import RunFailed, UserError, run
 from images.real import check_fits, open_images
 from losses import (denoising_loss, edm_loss, gan_adapted_loss, gan_student_loss, regression_loss,
                     unforget_loss)
@@ -35,7 +35,7 @@ from training.log import Log, StopSignal
 from training.noise_pairs import noise_image_pairs
 from training.options import parse
 from training.roles import load_roles, resume
-from training.run_folder import drop_unused, open_run
+from training.run_folder import drop_unused, kept, open_run
 
 
 def iteration(config, roles, optimizers, parts, student_turn, autocast=nullcontext):
@@ -275,9 +275,14 @@ def run_stage(stage, device, stop):
     lock, made = open_run(stage.options.folder, stage.config, stage.options)
     try:
         return distill(stage.config, stage.options, device, stop)
-    except BaseException:
+    except BaseException as error:
+        left = kept(stage.options.folder)
         drop_unused(stage.options.folder, made)
-        raise
+        compiler = stage.options.compile and not isinstance(error, (UserError, RunFailed))
+        if not (compiler and stop.received):
+            raise
+        say(f"{stop.received}: it reached the compiler too; {left}; the same command goes on")
+        return 3
     finally:
         if lock:
             lock.close()
