@@ -26,8 +26,8 @@ from base.distributed import from_rank_zero, say
 from base.errors import UserError, run
 from base.files import ASSETS, file_digest, shown, versions
 from base.progress import progress
-from images.captioned import (COCO_CAPTIONS, COCO_IMAGES, COCO_PICTURES, check_side,
-                              open_captioned, open_pictures, read_captions)
+from images.captioned import (COCO_CAPTIONS, COCO_IMAGES, COCO_PICTURES, check_side, open_captioned,
+                              open_pictures, read_captions)
 from images.from_seeds import choose_classes, heun, prepare, sample_block, seed_blocks
 from images.real import open_images
 from images.sets import open_npz
@@ -36,12 +36,11 @@ from metrics.evaluations import read_records, record, records_under, table
 from metrics.judge import MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of
 from models import sample_every_step
 from presets import DATASETS
-from weights.opening import (LARGEST_NUMBER, Parser, check_guidance, churn_options, open_student,
-                             open_teacher, steps_text)
+from weights.opening import (LARGEST_NUMBER, SEEDS, Parser, check_guidance, churn_options,
+                             open_student, open_teacher, steps_text)
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
 LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}
-PROMPTED = "the prompts in order, seed modulo images"
 
 
 def parse(argv=None):
@@ -117,6 +116,9 @@ def check(args):
                         "--steps, --heun and --repeats")
     if args.images and (args.prompts or args.coco or args.guidance is not None):
         raise UserError("--images are made already: leave out --prompts, --coco and --guidance")
+    if args.repeats * (args.n or 50_000) > SEEDS:
+        raise UserError(f"--repeats {args.repeats}: its seeds go beyond {SEEDS - 1:,}, from where "
+                        "on torch draws the same images again")
     churn_options(args.churn)
     check_guidance(args.guidance)
     check_side(args.side)
@@ -145,6 +147,7 @@ class Job:
     source: Path
     ours: bool = False
     captions: list | None = None        # of text to image, by the index that task gives
+    classes: int = 0            # that an image can be of
 
 
 def open_jobs(args, device):
@@ -197,7 +200,7 @@ def network_job(opened, sampler, what, sampling, asked, args, device):
     labels = args.labels if classes else "random"
     said = LABELS[labels] if classes else "none"
     if asked.prompts:
-        n, labels, said = classes, "balanced", PROMPTED
+        n, labels, said = classes, "balanced", "the prompts in order"
         shape = (3, opened.pipeline.size, opened.pipeline.size)
     protocol = {"images": n, "seeds": [f"{k * n}-{(k + 1) * n - 1}" for k in range(args.repeats)],
                 "labels": said, "rounding": ROUNDING,
@@ -210,7 +213,8 @@ def network_job(opened, sampler, what, sampling, asked, args, device):
 
     return Job(what, shape, opened.dataset, task, [protocol | s for s in sampling], n,
                partial(seed_blocks, network=network, device=device), opened.path, opened.ours,
-               asked.prompts or None)
+               asked.prompts or None,
+               classes=0 if asked.prompts else classes)
 
 
 def images_job(args):
@@ -240,7 +244,7 @@ def images_job(args):
         return [indices[k:k + 64] for k in range(0, len(indices), 64)]
 
     return Job([("images", 0)], images.shape, args.dataset, task, [protocol], n, blocks, path,
-               captions=captions)
+               captions=captions, classes=images.classes)
 
 
 # ---- Scoring ----
@@ -250,6 +254,9 @@ def make_judge(job, args, device):
     side = args.side or (TEXT_SIDE if job.captions else None)
     judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
                   cache=args.cache, side=side, resize=args.resize)
+    if judge.network.knows_classes and job.classes > judge.network.classes:
+        raise UserError(f"{shown(job.source)} has class {job.classes - 1}, out of range: "
+                        f"{judge.network.name} knows 0 to {judge.network.classes - 1}")
     if args.clip:
         if not job.captions:
             raise UserError(f"--clip: {shown(job.source)} is no text-to-image network")

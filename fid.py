@@ -131,6 +131,9 @@ def read_reference(path, dimensions=None, **made):
             raise ValueError("holds values that are not finite")
         if not np.allclose(covariance, covariance.T, rtol=0, atol=1e-6 * abs(covariance).max()):
             raise ValueError("sigma is not symmetric")
+        least, most = scipy.linalg.eigvalsh(covariance.astype(np.float64))[[0, -1]]
+        if least < -1e-6 * max(most, -least):
+            raise ValueError(f"sigma is no covariance: it has the eigenvalue {least:.3g}, below 0")
     except Exception as error:  # zip, zlib and numpy raise many types
         raise UserError(f"{path}: not a reference with mu and sigma ({error})") from None
     if dimensions is not None and mean.size != dimensions:
@@ -172,7 +175,9 @@ class InceptionScore:
 
     def add(self, indices, logits):
         """indices [B] in 0..images-1, logits [B,classes]."""
-        split = torch.as_tensor(indices, device=self.p.device) * self.splits // self.images
+        # Part i is images i * N // splits to (i + 1) * N // splits, as in the score's first code.
+        number = torch.as_tensor(indices, device=self.p.device) + 1
+        split = (number * self.splits - 1) // self.images
         log_p = logits.to(self.p).log_softmax(1)
         self.n.index_add_(0, split, torch.ones_like(split, dtype=torch.float64))
         self.negative_entropy.index_add_(0, split, (log_p.exp() * log_p).sum(1))

@@ -114,7 +114,8 @@ class Config:
     evaluate_images: int = option(50_000, "images of an evaluation")
     save_every: int = option(1000, "iterations between checkpoints")
     seed: int = option(0, "seed of all random draws")
-    # Fields that came later: a default means what runs did before there was the field.
+    # Of fields that came later a default means what runs did before.
+    warm_up: int = option(0, "iterations over which the learning rate rises linearly from 0")
     ema_rampup: float = option(0.0, "the average's half-life is at most this share of the images "
                                     "that updates have seen; 0: no such limit")
     augment: float = option(0.0, "stage 0: probability of each of EDM's augmentations")
@@ -299,19 +300,19 @@ PRESETS = {
         OURS, CPU, None),
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10_ROW, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
-                augment=0.12, ema_rampup=0.05, evaluate_every=10_000),
+                warm_up=19_531, augment=0.12, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "8 V100", None),
     ("ffhq64", "pmdd", 0, ""): Preset(
         replace(FFHQ64_ROW, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4,
-                augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
+                warm_up=39_062, augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "8 V100", None),
     ("afhqv2-64", "pmdd", 0, ""): Preset(
         replace(AFHQV2_64_ROW, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4,
-                augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
+                warm_up=39_062, augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "8 V100", None),
     ("imagenet64", "pmdd", 0, ""): Preset(
         replace(IMAGENET64_ROW, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
-                ema_halflife=50_000_000, ema_rampup=0.05, evaluate_every=10_000),
+                warm_up=2_441, ema_halflife=50_000_000, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "32 A100", None),
 }
 
@@ -332,7 +333,8 @@ def find(dataset, method, stage, variant="", network=None, teacher=""):
         return PRESETS[dataset, method, stage, variant]
     known = {d for d, m, s, _ in PRESETS if m == method and (s == 0) == (stage == 0)}
     if dataset not in known and network and not variant:
-        near = nearest(network, stage)
+        near = ("sd15" if "unet" in network else "cifar10" if network["img_resolution"] <= 32 else
+                "imagenet64" if stage else "ffhq64")
         row = find(near, method, stage)
         return replace(row, paper_fid=None, paper_clip=None, hours="-", gpus="none",
                        source=f"the nearest published row by resolution, of {near}: {row.source}",
@@ -344,10 +346,3 @@ def find(dataset, method, stage, variant="", network=None, teacher=""):
     raise ValueError(f"no preset for --dataset {dataset} --method {method} --stage {stage}"
                      + (f" --variant {variant}" if variant else "")
                      + f"; there is: {listed or 'none for this method'}")
-
-
-def nearest(network, stage):
-    """Up to 32 pixels CIFAR-10; above ImageNet-64, or to train a teacher FFHQ-64."""
-    if "unet" in network:
-        return "sd15"
-    return "cifar10" if network["img_resolution"] <= 32 else "imagenet64" if stage else "ffhq64"

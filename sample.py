@@ -20,12 +20,12 @@ from base.distributed import gathered, say
 from base.errors import UserError, run
 from base.progress import progress
 from images.from_seeds import choose_classes, every_step, heun, prepare, sample_block, seed_blocks
-from images.pictures import grid, save_png
+from images.pictures import comparison, grid, save_png
 from images.prompts import read_prompts
 from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
 from models import sample_student
-from weights.opening import (LARGEST_NUMBER, Opened, Parser, check_guidance, check_sigmas,
+from weights.opening import (LARGEST_NUMBER, SEEDS, Opened, Parser, check_guidance, check_sigmas,
                              churn_options, open_student, open_teacher, steps_text)
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
@@ -115,16 +115,17 @@ def parse_grid(text):
 
 def parse_seeds(text):
     """ "0-63" or "1,5,7-9" as a list, in the order given."""
-    seeds = []
     try:
-        for part in text.split(","):
-            first, _, last = part.strip().partition("-")
-            first, last = int(first), int(last or first)
-            if last < first or last >= 2 ** 62 or last - first >= LARGEST_NUMBER:
-                raise ValueError
-            seeds.extend(range(first, last + 1))
+        ends = [part.strip().partition("-") for part in text.split(",")]
+        ranges = [range(int(first), int(last or first) + 1) for first, _, last in ends]
+        if not all(ranges):
+            raise ValueError
     except ValueError:
-        raise UserError(f"--seeds {text}: must look like 0-63 or 1,5,7-9") from None
+        raise UserError(f"--seeds {text[:80]}: must look like 0-63 or 1,5,7-9") from None
+    if max(part.stop for part in ranges) > SEEDS or sum(map(len, ranges)) > LARGEST_NUMBER:
+        raise UserError(f"--seeds {text[:80]}: allowed: {LARGEST_NUMBER:,} seeds from 0 to "
+                        f"{SEEDS - 1:,}, as larger ones draw no other images")
+    seeds = [seed for part in ranges for seed in part]
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text}: names a seed twice")
     return seeds
@@ -202,7 +203,9 @@ def write_picture(path, blocks, args, rows, labels):
     if args.all_prompts:
         return save_png(prompted(variants, args, texts), path)
     if args.compare:
-        columns, labelled = len(args.all_seeds), {"row_labels": texts}
+        return save_png(comparison(variants, texts), path)
+    if args.label is not None:
+        labelled = {"row_labels": [class_name(rows[0].opened.class_names, args.label)]}
     elif labels == "balanced" and not args.grid:            # a row for each class
         classes = np.concatenate([classes for _, _, classes in everything])
         order, counts = np.argsort(classes, kind="stable"), np.unique(classes, return_counts=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from base.errors import UserError
 from base.files import file_digest, shown
 from images.prompts import read_prompts
-from images.real import Images, decode, is_image, open_files
+from images.real import Images, decode, is_image, listed, open_files
 
 COCO_CAPTIONS, COCO_PICTURES = "annotations/captions_val2014.json", "val2014"
 COCO_IMAGES = 30_000            # of the papers' figures
@@ -67,15 +67,15 @@ def open_captioned(source, size):
 
 def captions_of(path, names, found, read_bytes):
     """The caption of each picture, which dataset.json tells, or a .txt file beside it."""
-    try:
-        if "dataset.json" in found:
-            told = {str(name).replace("\\", "/"): str(caption)
-                    for name, caption in json.loads(read_bytes("dataset.json"))["labels"]}
-        else:
+    if "dataset.json" in found:
+        told = {name: str(caption)
+                for name, caption in (listed(path, names, read_bytes)[0] or {}).items()}
+    else:
+        try:
             told = {name: read_bytes(text).decode().strip() for name in names
                     if (text := str(Path(name).with_suffix(".txt"))) in found}
-    except Exception as error:              # the files', and whatever JSON may hold
-        raise UserError(f"{path}: its captions cannot be read: {error}") from error
+        except Exception as error:          # the files'
+            raise UserError(f"{path}: its captions cannot be read: {error}") from error
     missing = [name for name in names if name not in told]
     if missing:
         raise UserError(f"{path}: {len(missing)} of {len(names)} pictures have no caption, "

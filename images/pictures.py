@@ -11,6 +11,7 @@ from base.files import write_atomically
 CURVES = ("distill", "unforget", "gan", "regression", "denoising", "discriminator",
           "student_gradient", "adapted_gradient", "image_mean", "image_spread")
 LABEL_WIDTH = 24                # characters of a label before it is broken
+COMPARED_COLUMNS = 10
 
 
 def grid(images, columns, scale=None, gap=1, row_labels=(), column_labels=(), background=255):
@@ -29,6 +30,17 @@ def grid(images, columns, scale=None, gap=1, row_labels=(), column_labels=(), ba
     if row_labels:
         picture = add_row_labels(picture, row_labels, rows, cell_h, gap, background)
     return add_column_labels(picture, column_labels, cell_w, background)
+
+
+def comparison(variants, texts):
+    """Variants below each other, in blocks of at most ten columns; what is missing is blank."""
+    count = len(variants[0])
+    blocks = -(-count // COMPARED_COLUMNS)
+    columns = -(-count // blocks)
+    missing = np.full((blocks * columns - count, *variants[0].shape[1:]), 255, np.uint8)
+    images = np.stack([np.concatenate([images, missing]) for images in variants])
+    images = images.reshape(len(variants), blocks, columns, *images.shape[2:]).swapaxes(0, 1)
+    return grid(images.reshape(-1, *images.shape[3:]), columns, row_labels=texts * blocks)
 
 
 def add_row_labels(picture, labels, rows, cell_h, gap, background):

@@ -13,7 +13,7 @@ from torch import nn
 from base.distributed import in_parallel
 from base.download import fetch
 from base.errors import UserError
-from base.files import file_digest
+from base.files import check_unpacked, file_digest
 
 # The convolutions of a block by their published names: (channels, kernel) or (channels, kernel,
 # stride). One without a number, or with number 1, reads the block's input; any other reads the one
@@ -236,6 +236,7 @@ def in_chunks(network, images, size):
 def read_weights(path):
     """The dict in a torch.save file; no code in it runs."""
     try:
+        check_unpacked(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
         reason = str(error).strip().partition("\n")[0]

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 
 from base import distributed
-from base.errors import RunFailed
+from base.errors import INTERRUPTING, RunFailed
 from base.progress import progress
 from images.pictures import draw_curves, grid, save_png
 from metrics.judge import HEUN_STEPS
 from models import sample_heun, sample_seeds, sample_student
 from training.roles import payload
-from training.run_folder import Metrics, read_metrics, write_config
+from training.run_folder import Metrics, kept, read_metrics, write_config
 from weights.checkpoint import save, save_latest
 
 LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
@@ -35,6 +35,13 @@ def save_samples(network, sigmas, path, device, columns=8):
     save_png(grid(network.pixels(images).cpu(), columns), path)
 
 
+def after_divergence(folder):
+    if any(folder.glob("*.pt")):
+        return f"{kept(folder)}; go on from it with --force and a lower --learning-rate"
+    return (f"{kept(folder)}: the teacher or the images may not be finite, or --learning-rate is "
+            "too high")
+
+
 class StopSignal:
     """A signal asks the loop to finish its iteration, save and leave with exit code 3.
 
@@ -45,7 +52,7 @@ class StopSignal:
     def __init__(self):
         self.received, self.before = None, {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            for number in (signal.SIGINT, *INTERRUPTING):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self.receive)
 
@@ -87,6 +94,7 @@ class Log:
         self.config, self.folder, self.best_fid = config, options.folder, best_fid
         self.scorer = scorer if scorer and scorer.judge else None
         self.device, self.stop, self.unread = device, stop, []
+        self.newest, self.shown = {}, {}        # each loss as last read; what the bar shows
         self.every = LOG_EVERY * (config.ttur if config.stage else 4)
         self.writes = distributed.rank() == 0
         if self.writes:                                 # nothing refuses this run any more
@@ -130,8 +138,8 @@ class Log:
             if not math.isfinite(value):
                 self.bar.close()
                 raise RunFailed(f"iteration {step}: {name} is {value}; this update was not made "
-                                "and nothing saved, the last checkpoint is good; go on from it "
-                                "with --force and a lower --learning-rate")
+                                f"and nothing saved; {after_divergence(self.folder)}")
+        self.newest |= {name: value for (_, name), value in zip(names, values)}
         last = self.unread[-1][0]
         self.unread = []
         return {name: value for (step, name), value in zip(names, values) if step == last}
@@ -145,8 +153,13 @@ class Log:
         self.last = step + 1
         self.metrics.write(iteration=step, **losses, image_mean=brightness,
                            image_spread=images.std().item(), **pace)
-        self.bar.set_postfix(loss=f"{losses.get('distill', losses['denoising']):.3g}",
-                             brightness=f"{brightness:.3f}", best=f"{self.best_fid:.4g}")
+        loss = "distill" if "distill" in self.newest else "denoising"
+        self.shown = {loss: f"{self.newest[loss]:.3g}", "brightness": f"{brightness:.3f}"}
+        self.show()
+
+    def show(self, refresh=True):
+        best = {} if math.isinf(self.best_fid) else {"best": f"{self.best_fid:.4g}"}
+        self.bar.set_postfix(self.shown | best, refresh=refresh)
 
     def save(self, roles, optimizers, done, score=False):
         if self.unread:
@@ -169,6 +182,7 @@ class Log:
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
                 save_samples(roles.ema, self.config.sigmas,
                              self.folder / "samples" / f"{done:06d}.png", self.device)
+                self.show(refresh=False)
             save_latest(self.folder, latest)            # last: what it knows of is on the disk
         distributed.barrier()
         self.clock.go_on()

@@ -22,6 +22,7 @@ from weights.pretrained import PUBLISHED_NETWORKS, load_network
 
 LARGEST_NUMBER = 10 ** 8         # of images in one command
 TEXT_GUIDANCE = 3.0             # of a text-to-image teacher, as DMD has it
+SEEDS = 2 ** 32                  # torch's generator on a CPU looks at no more bits of a seed
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
 
 
@@ -107,6 +108,10 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
             if levels[0] is None:
                 raise UserError(f"{source} does not say its noise levels: give --sigmas, or "
                                 "--teacher")
+            if not sigmas:
+                whose = "SiD" if path.suffix == ".pkl" else "DMD2"
+                say(f"{shown(path)} does not say what it is: taken for a one-step student, as of "
+                    f"{whose}, at sigma {levels[0]}; of a teacher say --teacher")
     if dataset and known and dataset != known:
         raise UserError(f"--dataset {dataset}: {source} is of {known}")
     told, known = payload or {}, known or dataset
