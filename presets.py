@@ -327,8 +327,9 @@ def find(dataset, method, stage, variant="", network=None, teacher=""):
         method = "pmdd"                                 # a teacher is of no method
     if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
         row = find(dataset, method, 1, variant, network, teacher)
+        like = "sd15" if "unet" in (network or ()) else dataset
         return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(
-            row.config, stage=stage, sigmas=schedule(dataset)[:stage], trained_step="random"))
+            row.config, stage=stage, sigmas=schedule(like)[:stage], trained_step="random"))
     if (dataset, method, stage, variant) in PRESETS:
         return PRESETS[dataset, method, stage, variant]
     known = {d for d, m, s, _ in PRESETS if m == method and (s == 0) == (stage == 0)}

@@ -282,6 +282,8 @@ def main(argv=None):
     for row in rows:
         row.opened.ask(args.all_prompts, "--prompt or --prompts", device)
     labels = choose_labels(args, rows[0].opened.network)
+    if args.guidance is not None and all(row.opened.sigmas for row in rows):
+        raise UserError("--guidance is for a teacher; a student has what it learnt in its weights")
     for row in rows:
         row.opened.guide(args.guidance)
         prepare(row.opened.network, device, args.precision, args.compile)

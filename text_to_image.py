@@ -179,7 +179,7 @@ def locate(source, *parts):
         raise UserError(
             f"no pipeline {str(source)!r}: it is no folder, and {', '.join(parts)} cannot be had "
             f"from the model hub into {hub.constants.HF_HUB_CACHE} ({reason(error)}); a pipeline "
-            "folder downloaded elsewhere can be given in its place") from None
+            "folder downloaded elsewhere can be given in its place, or put there") from None
 
 
 def read_json(path):
@@ -304,7 +304,7 @@ class Pipeline(nn.Module):
 
     def serve(self, network, prompts):
         """The network, asked for these prompts, shows its latents as pictures."""
-        network.conditions = self.conditions(prompts)
+        self.prompts, network.conditions = prompts, self.conditions(prompts)
         network.pixels = lambda latents: self.decode(latents)   # a method would be copied with it
         return network
 

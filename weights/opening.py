@@ -129,9 +129,15 @@ def open_text(source, dataset):
     known = next((name for name, one in DATASETS.items() if one.teacher == str(source)), dataset)
     named = not path.exists() and known in DATASETS and "unet" in DATASETS[known].network
     if named or (path / "model_index.json").is_file():
-        return Opened(load_pipeline_network(str(source)), (), known, path, False,
-                      base=str(source))
+        return open_pipeline(source, known)
     return None
+
+
+def open_pipeline(source, dataset):
+    """A teacher of text to image; its folder is known from wherever a student of it is sampled."""
+    path = Path(source)
+    base = str(path.resolve() if path.is_dir() else source)
+    return Opened(load_pipeline_network(source), (), dataset, path, False, base=base)
 
 
 def read_ours(source):
@@ -193,22 +199,29 @@ def open_student(args, steps=0):
 
 
 def open_teacher(args, student=None):
-    """--teacher FILE; else the teacher of the student's dataset, or without one --checkpoint."""
+    """--teacher FILE; else the student's own, or without a student --checkpoint."""
     source = args.teacher if isinstance(args.teacher, str) else None
-    if student and not source and Path(student.teacher).is_file():
-        source = student.teacher
-    if student and not source:
-        if not student.dataset:
-            raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
-                            "FILE")
-        source = default_teacher(student.dataset, student.network.conditions.count)
-    source = source or args.checkpoint or default_teacher(args.dataset or "digits")
-    opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
+    if student and student.base and not source:
+        opened = open_pipeline(student.base, student.dataset)
+    else:
+        source = source or (teacher_of(student) if student else args.checkpoint)
+        source = source or default_teacher(args.dataset or "digits")
+        opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
     if opened.sigmas:
         raise UserError(f"{opened.name} is a student of {len(opened.sigmas)} steps, not a teacher; "
                         "it takes --steps")
     say(f"{opened.name} (teacher)")
     return opened
+
+
+def teacher_of(student):
+    """The file that a student says it was made from, else the teacher of its data set."""
+    if Path(student.teacher).is_file():
+        return student.teacher
+    if not student.dataset:
+        raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
+                        "FILE")
+    return default_teacher(student.dataset, student.network.conditions.count)
 
 
 def steps_text(n):
