@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
+import torch
 
 from base import distributed
 from base.distributed import gathered, say
@@ -26,7 +27,7 @@ from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
 from models import sample_student
 from weights.opening import (LARGEST_NUMBER, SEEDS, Opened, Parser, check_guidance, check_sigmas,
-                             churn_options, open_student, open_teacher, steps_text)
+                             churn_options, open_network, open_student, open_teacher, steps_text)
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
 
@@ -273,6 +274,26 @@ def write(path, blocks, count, args, rows, labels):
 def default_path(opened, texts, compare):
     what = "compare" if compare else texts[0].split(",")[0].replace(" ", "-")
     return f"{opened.dataset or opened.path.stem}-{what}.png"
+
+
+# ---- From Python ----
+
+def load(source, device="cpu"):
+    """A student, or a teacher, to be called: load("runs/.../best.pt")(n=16, steps=3, seed=0)."""
+    opened, device = open_network(source), torch.device(device)
+    prepare(opened.network, device)
+
+    def images(n=1, steps=None, seed=0, asked=None):
+        """uint8 [n,C,H,W] of the seeds from `seed` on; asked: a class, or a prompt, for each."""
+        if opened.base:
+            opened.serve(asked, device)
+            asked = range(n)
+        sampler = heun(steps or HEUN_STEPS)
+        if opened.sigmas:
+            sampler = every_step(opened.first_sigmas(steps or len(opened.sigmas)))
+        return sample_block(opened.network, range(seed, seed + n), sampler, asked, device)[0][-1]
+
+    return images
 
 
 def main(argv=None):
