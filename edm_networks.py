@@ -94,7 +94,7 @@ class UNetBlock(nn.Module):
         eps = 1e-5 if adm else 1e-6
         self.adaptive_scale, self.dropout = adm, dropout
         self.skip_scale = 1.0 if adm else math.sqrt(0.5)
-        self.heads = (outputs // 64 if adm else 1) if attention else 0
+        self.heads = (max(outputs // 64, 1) if adm else 1) if attention else 0
 
         self.norm0 = group_norm(inputs, eps)
         self.conv0 = Conv2d(inputs, outputs, 3, **resample)
@@ -361,5 +361,8 @@ def check_architecture(model_type, img_resolution, img_channels, label_dim, sigm
     if model_type == "DhariwalUNet":
         attended = [m for i, m in enumerate(mult)
                     if img_resolution >> i in options["attn_resolutions"] or i == len(mult) - 1]
-        require(all(width * m % 64 == 0 for m in attended), "model_channels", width,
-                "64 channels a head: a multiple of 64 at every level with attention")
+        for m in attended:
+            heads = max(width * m // 64, 1)
+            require(width * m % heads == 0, "model_channels", width,
+                    f"widths that can be shared by the width // 64 heads of attention, which is "
+                    f"{heads} for a width of {width * m}")

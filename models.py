@@ -16,11 +16,14 @@ PMDD = "Progressive Data-Free Diffusion Distillation", whose steps are counted a
 """
 
 import math
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from losses import dm_loss, sid_loss
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
 
@@ -82,6 +85,23 @@ def sigma_trained(levels, batch, generator):
 # The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
 KARRAS = Levels(karras(torch.arange(1000, dtype=torch.float64) / 999), karras, lambda sigma: sigma,
                 sigma_lognormal)
+
+
+# ---- The student's losses, each with its noise ----
+
+class StudentLoss(NamedTuple):
+    """A row of the table that --loss chooses from."""
+    of: Callable            # config -> loss(x0, sigma, eps, y, *, teacher, adapted); None: no such
+    student_noise: Callable     # at which noise it compares the denoisers (Deviation 5)
+    adapted_noise: Callable     # at which noise the adapted network learns beside it
+
+
+LOSSES = {
+    "dm": StudentLoss(lambda config: partial(dm_loss, weighting=config.dm_weighting),
+                      sigma_dm, sigma_grid),
+    "sid": StudentLoss(lambda config: partial(sid_loss, alpha=config.alpha),
+                       sigma_sid, sigma_trained),
+    "none": StudentLoss(lambda config: None, sigma_dm, sigma_grid)}     # the extra terms alone
 
 
 # ---- Conditions ----

@@ -81,6 +81,14 @@ def variance_preserving(table):
     return Levels(table, at, lambda sigma: (1 + sigma ** 2) ** 0.5, sigma_grid)
 
 
+# Stable Diffusion v1.5's, as published; what is left out is diffusers' default.
+SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                   num_train_timesteps=1000)
+SD_LEVELS = variance_preserving(noise_table(**SD_SCHEDULE))
+SD15_NETWORK = dict(unet=dict(sample_size=64, cross_attention_dim=768), prediction_type="epsilon",
+                    schedule=SD_SCHEDULE)
+
+
 class TextDenoiser(nn.Module):
     """D(x_t, sigma, y) of an epsilon or v network; TextDenoiser(**config) builds another one."""
 

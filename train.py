@@ -21,13 +21,12 @@ from torch.optim import AdamW
 from base import distributed
 from base.devices import set_precision
 from base.distributed import say, sync_gradients
-from base.errors import UserError, run
+from base.errors import RunFailed, UserError, run
 from images.real import check_fits, open_images
 from losses import (denoising_loss, edm_loss, gan_adapted_loss, gan_student_loss, regression_loss,
                     unforget_loss)
 from metrics.judge import Scorer, perceptual_distance
-from models import denoise_together, level, roll_out, update_ema
-from presets import LOSSES
+from models import LOSSES, denoise_together, level, roll_out, update_ema
 from training.cost import report
 from training.draws import Sources, cut, draw
 from training.latents import latents_of
@@ -35,7 +34,7 @@ from training.log import Log, StopSignal
 from training.noise_pairs import noise_image_pairs
 from training.options import parse
 from training.roles import load_roles, resume
-from training.run_folder import drop_unused, open_run
+from training.run_folder import drop_unused, kept, open_run
 
 
 def iteration(config, roles, optimizers, parts, student_turn, autocast=nullcontext):
@@ -176,10 +175,13 @@ def make_optimizers(config, roles, device):
 
 
 def set_rate(config, step, optimizers):
+    """Rises from 0 over the warm-up, falls to final_rate at the end."""
     done = step / config.iterations
+    fall = 1 - (1 - config.final_rate) * done
+    rise = min(step / config.warm_up, 1) if config.warm_up else 1
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - (1 - config.final_rate) * done)
+            group["lr"] = config.learning_rate * (rise * fall)
 
 
 def open_real(options, roles, network, device, stop):
@@ -240,6 +242,9 @@ def describe(stage):
     say(f"{config.dataset}, {config.method}, stage {config.stage} -> {stage.options.folder}\n"
         f"preset: {preset.source}; authors' hardware: {preset.gpus}; paper's FID: "
         f"{preset.paper_fid or 'none'}")
+    if stage.options.data != config.dataset and config.stage and not config.gan_weight:
+        say(f"--data {stage.options.data}: nothing reads it; only --stage 0 and a GAN "
+            "(--gan-weight) use real images")
 
 
 def main(argv=None):
@@ -269,9 +274,14 @@ def run_stage(stage, device, stop):
     lock, made = open_run(stage.options.folder, stage.config, stage.options)
     try:
         return distill(stage.config, stage.options, device, stop)
-    except (UserError, OSError):
+    except BaseException as error:
+        left = kept(stage.options.folder)
         drop_unused(stage.options.folder, made)
-        raise
+        compiler = stage.options.compile and not isinstance(error, (UserError, RunFailed))
+        if not (compiler and stop.received):
+            raise
+        say(f"{stop.received}: it reached the compiler too; {left}; the same command goes on")
+        return 3
     finally:
         if lock:
             lock.close()

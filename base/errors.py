@@ -5,10 +5,13 @@ after saving, the same command goes on; 130 interrupted before there was anythin
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
 import sys
+
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -26,7 +29,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists the flags")
 
 
+# Asked to stop: by a user, by a batch system before its time limit, by a terminal that is closed.
+INTERRUPTING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)     # not the user's mistake
+FULL = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout")
 
 
@@ -36,39 +42,79 @@ def lost_another(error):
                                      or any(words in str(error) for words in LOST))
 
 
+def out_of_memory(error):
+    """Python's and numpy's, torch's of a GPU, torch's of the host, which is no class of its own."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or isinstance(error, RuntimeError) and any(words in str(error) for words in FULL))
+
+
+def explained(error):
+    """(exit code, line for the user); None for a mistake of ours, which shows its traceback."""
+    if isinstance(error, (UserError, RunFailed)):
+        rank = os.environ.get("RANK", "0")                  # it may be only this process's
+        who = "error" if rank == "0" else f"error in process {rank}"
+        return 2 if isinstance(error, UserError) else 1, f"{who}: {error}"
+    if out_of_memory(error):
+        whose = "the GPU's memory" if type(error).__name__ == "OutOfMemoryError" else "the memory"
+        return 1, (f"error: {whose} is full; in training a smaller --batch-per-gpu needs less, or "
+                   "a smaller --batch, and --dry-run says how much")
+    if lost_another(error):
+        return 1, (f"error in process {os.environ['RANK']}: another process of this run is gone or "
+                   "cannot be reached; what was saved last is good, the same command goes on")
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, BrokenPipeError):                  # of `train.py --dry-run | head`
+        return 1, ""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK):
+        where = f"{str(error.filename)[:200]!r}" if error.filename is not None else "cannot write"
+        return 1 if error.errno in DISK else 2, f"error: {where}: {error.strerror}"
+    return None
+
+
 def run(main):
     """Call main() and leave with its exit code."""
-    for number in (signal.SIGTERM, signal.SIGHUP):          # clean up, as after Ctrl-C
+    replace_closed_streams()
+    for number in INTERRUPTING:                             # clean up, as after Ctrl-C
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     try:
         code = main()
         sys.stdout.flush()
-        sys.exit(code)
-    except (UserError, RunFailed) as error:
-        rank = os.environ.get("RANK", "0")                  # it may be only this process's
-        who = "error" if rank == "0" else f"error in process {rank}"
-        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":      # torch's, of a GPU
-            print("error: the GPU's memory is full; a smaller --batch-per-gpu needs less, and "
-                  "--dry-run says how much", file=sys.stderr, flush=True)
-            sys.exit(1)
-        if not lost_another(error):
+    except SystemExit as stop:
+        code = stop.code
+    except (Exception, KeyboardInterrupt) as error:
+        if not (found := explained(error)):
             raise
-        print(f"error in process {os.environ['RANK']}: another process of this run is gone or "
-              "cannot be reached; what was saved last is good, the same command goes on",
-              file=sys.stderr, flush=True)
-        sys.exit(1)
-    except BrokenPipeError:                                 # of `train.py --dry-run | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {str(error.filename)[:200]!r}: {error.strerror}", file=sys.stderr)
-        sys.exit(1 if error.errno in DISK else 2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        code, line = found
+        end_bars()
+        with contextlib.suppress(OSError):
+            if line:
+                print(" ".join(line.split()), file=sys.stderr, flush=True)
+    leave(code)
+
+
+def replace_closed_streams():
+    """By /dev/null, as after `>&-`; the next file that is opened would take their numbers."""
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
+def end_bars():
+    """Progress bars that an error has interrupted end their line."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        with contextlib.suppress(OSError):
+            bar.close()
+
+
+def leave(code):
+    """Exit; what could not be written is dropped, or Python would complain of it once more."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)

@@ -1,16 +1,20 @@
 """Files: written whole or not at all, their hashes, JSON, and what a reader of a record needs."""
 
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from base.errors import RunFailed, UserError
+from base.errors import RunFailed, UserError, out_of_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets"
@@ -35,6 +39,16 @@ def file_digest(path, algorithm="sha256", length=None):
     return digest.hexdigest()
 
 
+def check_unpacked(path):
+    """torch.save compresses nothing: a zip that unpacks to more than its own size is a bomb."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > os.path.getsize(path):
+            raise UserError(f"{path}: unpacks to {size:,} bytes, more than the file has; "
+                            "torch.save writes no such file")
+
+
 def sync_folder(folder):
     """Flush a rename to the disk."""
     handle = os.open(folder, os.O_RDONLY)
@@ -47,20 +61,55 @@ def sync_folder(folder):
 def write_atomically(path, write):
     """write(temporary path), flush, rename: `path` is either the old file or the whole new one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with hidden_beside(path) as temporary:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     except (OSError, RuntimeError) as error:    # the latter is torch's zip writer on a full disk
+        if out_of_memory(error):
+            raise
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
-        raise RunFailed(f"cannot write {path}: {reason}; what was there before is "
-                        "intact") from error
+        left = ("what was there before is intact" if path.parent.exists() else
+                f"{path.parent} is gone")
+        raise RunFailed(f"cannot write {path}: {reason}; {left}") from error
+
+
+@contextlib.contextmanager
+def hidden_beside(path, folder=False):
+    """A hidden file or folder beside `path` to write into, locked meanwhile, so that one without a
+    lock is of a process that was killed: these go. Nothing stays under its name."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if lock := locked(leftover):
+            remove(leftover)
+            os.close(lock)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir() if folder else temporary.touch()
+    lock = locked(temporary)
+    try:
+        yield temporary
     finally:
-        with contextlib.suppress(OSError):      # gone by its rename, or the disk is beyond writing
-            temporary.unlink()
+        remove(temporary)                       # unless its rename has come before
+        if lock:
+            os.close(lock)
+
+
+def locked(path):
+    """A lock on a file or folder; None where another process has it or none can be had."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when we die
+            return handle
+        except OSError:
+            os.close(handle)
+
+
+def remove(path):
+    with contextlib.suppress(OSError):          # it is gone, or the disk is beyond writing
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_arrays(path, **arrays):

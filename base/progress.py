@@ -1,5 +1,6 @@
 """Progress of long work: a bar in a terminal, in a log file a line now and then."""
 
+import contextlib
 import sys
 
 from tqdm import tqdm
@@ -13,8 +14,9 @@ class Lines:
     """A file that takes a bar's updates as lines."""
 
     def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):              # a full log is no reason to stop
+            if text.strip():
+                print(text.strip(), file=sys.stderr, flush=True)
 
     def flush(self):
         pass

@@ -5,6 +5,8 @@ from functools import partial
 import torch
 
 from base.devices import compile_network, set_precision
+from base.distributed import say
+from base.errors import UserError
 from models import sample_every_step, sample_heun, sample_seeds
 
 
@@ -14,6 +16,7 @@ def prepare(network, device, precision="fp32", compiled=False):
     if device.type == "cuda" and precision != "fp32":       # the layout of tensor cores
         network.to(memory_format=torch.channels_last)
     if compiled:
+        say("compiling the network: the first images take up to minutes")
         compile_network(network, dynamic=False)
     return network
 
@@ -62,6 +65,10 @@ def sample_block(network, seeds, sampler, asked, device, precision="fp32"):
             images, index = sample_seeds(network, padded(seeds, start), sampler,
                                          asked and padded(asked, start), device)
         kept = min(size, len(seeds) - start)
+        if not all(x0.isfinite().all() for x0 in images):
+            raise UserError(f"the images of seeds {seeds[start]} to {seeds[start + kept - 1]} are "
+                            "not finite: the network's weights are damaged, or of a run that "
+                            "diverged; use another checkpoint")
         parts.append([network.pixels(x0)[:kept] for x0 in images]
                      + ([] if index is None else [index[:kept]]))
     joined = [torch.cat(part) for part in zip(*parts)]

@@ -118,9 +118,12 @@ def folder_or_zip(path):
 
     def read(index):
         image = decode(path, names[index], read_bytes)
+        if len(first) == 1 and (image == image[:1]).all():      # greys of a palette, or as RGBA
+            image = image[:1]
         if image.shape != first.shape:
             raise UserError(f"{path}: {names[index]} is {shape_text(image)}, but {names[0]} is "
-                            f"{shape_text(first)}; all images must have one size")
+                            f"{shape_text(first)}; all images must have one size, and be grey or "
+                            "in colour")
         return image
 
     labels = np.zeros(len(names), np.int64) if labels is None else labels
@@ -179,21 +182,40 @@ def decode(path, name, read_bytes):
 def read_labels(path, names, read_bytes):
     """Classes [N] from dataset.json, in the order of names, None where it says null; and what it
     calls them, where it has "classes": [name, ...] too."""
+    told, class_names = listed(path, names, read_bytes)
+    if told is None:
+        return None, ()
+    for name in names:
+        label = told.get(slashed(name))
+        if type(label) is not int or not 0 <= label < 1 << 31:
+            raise UserError(f"{path}: dataset.json gives {name} the class {label!r}; allowed: "
+                            "whole numbers from 0")
+    return np.array([told[slashed(name)] for name in names], np.int64), class_names
+
+
+def listed(path, names, read_bytes):
+    """What dataset.json tells of each of these images, by name, None where it says null; and its
+    names of the classes."""
     try:
         content = json.loads(read_bytes("dataset.json"))
         pairs, class_names = content["labels"], list(map(str, content.get("classes") or ()))
         if pairs is None:
             return None, ()
-        classes = {str(name).replace("\\", "/"): label for name, label in pairs}
+        pairs = [(slashed(str(name)), label) for name, label in pairs]
     except Exception as error:              # the file's, and whatever JSON may hold
         raise UserError(f"{path}: dataset.json is not {{\"labels\": [[name, class], ...]}}: "
                         f"{error}") from error
-    for name in names:
-        label = classes.get(name.replace("\\", "/"))
-        if type(label) is not int or not 0 <= label < 1 << 31:
-            raise UserError(f"{path}: dataset.json gives {name} the class {label!r}; allowed: "
-                            "whole numbers from 0")
-    return np.array([classes[name.replace("\\", "/")] for name in names], np.int64), class_names
+    there, told = set(map(slashed, names)), {}
+    for name, label in pairs:
+        if name not in there or name in told:
+            raise UserError(f"{path}: dataset.json names {name[:200]}, "
+                            + ("twice" if name in told else "which is no image there"))
+        told[name] = label
+    return told, class_names
+
+
+def slashed(name):
+    return name.replace("\\", "/")
 
 
 def check_fits(images, network):

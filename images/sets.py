@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import os
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from base.errors import RunFailed, UserError
-from base.files import sync_folder, write_atomically
+from base.files import hidden_beside, sync_folder, write_atomically
 from images.real import Images
 
 
@@ -27,11 +26,11 @@ def png(image):
     return content.getvalue()
 
 
-def dataset_json(names, classes):
+def dataset_json(names, classes, **more):
     """EDM's: the class of each file, or its caption; null where there are none."""
     labels = [[name, label if isinstance(label, str) else int(label)]
               for name, label in zip(names, classes)]
-    return json.dumps({"labels": labels or None})
+    return json.dumps({"labels": labels or None, **more})
 
 
 def write_zip(path, blocks):
@@ -72,24 +71,39 @@ def write_npz(path, blocks, count):
 
 def write_folder(path, blocks):
     """A PNG named after each seed, and dataset.json."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     names, labels = [], []
     try:
-        temporary.mkdir()
-        for seeds, (images,), classes in blocks:
-            for seed, image in zip(seeds, images):
-                names.append(f"{seed:06d}.png")
-                (temporary / names[-1]).write_bytes(png(image))
-            labels.extend([] if classes is None else classes)
-        (temporary / "dataset.json").write_text(dataset_json(names, labels))
-        if path.exists():
-            shutil.rmtree(path)                 # check_out saw nothing but samples in it
-        temporary.rename(path)
-        sync_folder(path.parent)
+        with hidden_beside(path, folder=True) as temporary:
+            for seeds, (images,), classes in blocks:
+                for seed, image in zip(seeds, images):
+                    names.append(f"{seed:06d}.png")
+                    (temporary / names[-1]).write_bytes(png(image))
+                labels.extend([] if classes is None else classes)
+            (temporary / "dataset.json").write_text(dataset_json(names, labels, sampled=names))
+            if path.exists():
+                remove_samples(path)
+            temporary.rename(path)
+            sync_folder(path.parent)
     except OSError as error:
         raise RunFailed(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sampled(folder):
+    """Names of what write_folder put into a folder, dataset.json last; nothing of any other."""
+    try:
+        names = json.loads((folder / "dataset.json").read_text())["sampled"]
+        return [*map(str, names), "dataset.json"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []
+
+
+def remove_samples(folder):
+    """The folder too, unless anything else has come into it since check_out."""
+    there = {path.name for path in folder.iterdir()}
+    for name in sampled(folder):
+        if name in there:                       # no way out of the folder, whatever the file says
+            (folder / name).unlink()
+    folder.rmdir()
 
 
 def open_npz(path):
@@ -127,10 +141,10 @@ def check_out(path, kind, force):
         raise UserError(f"--out {path} is {'a folder' if path.is_dir() else 'a file'}; "
                         "choose another name")
     if kind == "folder" and path.exists():
-        others = [p.name for p in path.iterdir() if p.suffix != ".png" and p.name != "dataset.json"]
+        others = {p.name for p in path.iterdir()} - set(sampled(path))
         if others:
-            raise UserError(f"--out {path} holds other things than samples ({others[0]}); choose "
-                            "another name")
+            raise UserError(f"--out {path} holds {min(others)}, which sample.py did not write; "
+                            "choose another name")
     if path.exists() and not force and (kind != "folder" or any(path.iterdir())):
         raise UserError(f"--out {path} exists; --force replaces it")
     above = next(folder for folder in path.resolve().parents if folder.exists())

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from base import distributed
-from base.errors import RunFailed
+from base.errors import INTERRUPTING, RunFailed
 from base.progress import progress
 from images.pictures import draw_curves, grid, save_png
 from metrics.judge import HEUN_STEPS
 from models import level, sample_every_step, sample_heun, sample_seeds, sample_student
 from training.roles import payload
-from training.run_folder import Metrics, read_metrics, write_config
+from training.run_folder import Metrics, kept, read_metrics, write_config
 from weights.checkpoint import save, save_latest
 from weights.opening import steps_text
 
@@ -39,6 +39,13 @@ def save_samples(roles, sigmas, path, device, columns=8):
     seeds = range(len(asked) if count else 10 * columns)
     images, _ = sample_seeds(network, seeds, sampler, asked, device)
     save_png(grid(network.pixels(images).cpu(), columns), path)
+
+
+def after_divergence(folder):
+    if any(folder.glob("*.pt")):
+        return f"{kept(folder)}; go on from it with --force and a lower --learning-rate"
+    return (f"{kept(folder)}: the teacher or the images may not be finite, or --learning-rate is "
+            "too high")
 
 
 def of_text(roles):
@@ -74,7 +81,7 @@ class StopSignal:
     def __init__(self):
         self.received, self.before = None, {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            for number in (signal.SIGINT, *INTERRUPTING):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self.receive)
 
@@ -116,6 +123,7 @@ class Log:
         self.config, self.folder, self.best_fid = config, options.folder, best_fid
         self.scorer = scorer if scorer and scorer.judge else None
         self.device, self.stop, self.unread = device, stop, []
+        self.newest, self.shown = {}, {}        # each loss as last read; what the bar shows
         self.every = LOG_EVERY * (config.ttur if config.stage else 4)
         self.writes = distributed.rank() == 0
         if self.writes:                                 # nothing refuses this run any more
@@ -159,8 +167,8 @@ class Log:
             if not math.isfinite(value):
                 self.bar.close()
                 raise RunFailed(f"iteration {step}: {name} is {value}; this update was not made "
-                                "and nothing saved, the last checkpoint is good; go on from it "
-                                "with --force and a lower --learning-rate")
+                                f"and nothing saved; {after_divergence(self.folder)}")
+        self.newest |= {name: value for (_, name), value in zip(names, values)}
         last = self.unread[-1][0]
         self.unread = []
         return {name: value for (step, name), value in zip(names, values) if step == last}
@@ -174,8 +182,13 @@ class Log:
         self.last = step + 1
         self.metrics.write(iteration=step, **losses, image_mean=brightness,
                            image_spread=images.std().item(), **pace)
-        self.bar.set_postfix(loss=f"{losses.get('distill', losses['denoising']):.3g}",
-                             brightness=f"{brightness:.3f}", best=f"{self.best_fid:.4g}")
+        loss = "distill" if "distill" in self.newest else "denoising"
+        self.shown = {loss: f"{self.newest[loss]:.3g}", "brightness": f"{brightness:.3f}"}
+        self.show()
+
+    def show(self, refresh=True):
+        best = {} if math.isinf(self.best_fid) else {"best": f"{self.best_fid:.4g}"}
+        self.bar.set_postfix(self.shown | best, refresh=refresh)
 
     def save(self, roles, optimizers, done, score=False):
         if self.unread:
@@ -199,6 +212,7 @@ class Log:
             if scores or of_text(roles):
                 save_samples(roles, self.config.sigmas,
                              self.folder / "samples" / f"{done:06d}.png", self.device)
+                self.show(refresh=False)
             save_latest(self.folder, latest)            # last: what it knows of is on the disk
         distributed.barrier()
         self.clock.go_on()
@@ -214,4 +228,19 @@ class Log:
         self.bar.close()
         if self.writes:
             draw_curves(read_metrics(self.metrics.path), self.folder / "curves.png")
+            print(self.summary(), flush=True)
         return 0
+
+    def summary(self):
+        """What the run came to, and how to look at it."""
+        own = f"@{self.config.stage or 'heun'}"
+        scored = [(value, line["iteration"] + 1, name) for line in read_metrics(self.metrics.path)
+                  for name, value in line.items() if "FID" in name and name.endswith(own)]
+        best = self.folder / "best.pt"
+        if not scored:
+            told = f"done; the newest weights: {best}"
+        else:
+            value, iteration, name = min(scored)
+            told = f"done; best {name} {value:.4g}, after {iteration:,} iterations: {best}"
+        how = f"--steps {self.config.stage}" if self.config.stage else "--teacher"
+        return f"{told}\nlook at it: python sample.py --checkpoint {best} {how}"

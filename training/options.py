@@ -148,8 +148,8 @@ def check(config):
     for name in ("ttur", "iterations", "batch", "save_every", "regression_steps"):
         require(getattr(config, name) >= 1, name, "whole numbers, at least 1")
     for name in ("unforget_weight", "gan_weight", "gan_adapted_weight", "regression_weight",
-                 "regression_pairs", "weight_decay", "clip", "ema_halflife", "evaluate_every",
-                 "alpha", "guidance"):
+                 "regression_pairs", "weight_decay", "clip", "warm_up", "ema_halflife",
+                 "evaluate_every", "alpha", "guidance"):
         require(0 <= getattr(config, name) < math.inf, name, "0 or more")
     require(0 <= config.seed < 1 << 63, "seed", "0 to 2^63 - 1, as torch's generators")
     require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")

@@ -123,6 +123,8 @@ def load_roles(config, options, device):
         roles = assemble(config, teacher, begin)
         roles.made_from, roles.opened = made_from, opened
     roles.class_names = options.class_names
+    if options.compile:
+        say("compiling the networks: the first iterations take up to minutes")
     for network in (roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema):
         if network is not None:
             network.to(device).eval()                   # no dropout while distilling (Deviation 6)

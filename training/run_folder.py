@@ -34,7 +34,7 @@ def open_run(folder, config, options):
     except OSError:
         raise UserError(f"another process is training in {folder}; wait for it or choose another "
                         "--folder") from None
-    for leftover in folder.glob(".*.tmp"):                  # of a run killed while it saved
+    for leftover in folder.rglob(".*.tmp"):                 # of a run killed while it saved
         leftover.unlink(missing_ok=True)
     path, (now, how) = folder / "config.json", as_json(config, options)
     started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()
@@ -72,11 +72,22 @@ def as_json(config, options):
             {k: v if v is None else str(v) for k, v in vars(options).items()})
 
 
+def kept(folder):
+    """What a run that fails leaves, to say so."""
+    if not folder.exists():
+        return f"{folder} is gone, and what was saved in it"
+    saved = any(folder.glob("*.pt"))
+    return "the last checkpoint is intact" if saved else "there is no checkpoint yet"
+
+
 def drop_unused(folder, made):
-    """The folders that open_run made, where the run was refused before it began."""
+    """The folders that open_run made, where the run ended before it had anything to tell."""
     with contextlib.suppress(OSError):
-        if made and [path.name for path in folder.iterdir()] == ["lock"]:
-            (folder / "lock").unlink()
+        files = list(folder.iterdir())
+        told = any(path.name not in ("lock", "config.json", "metrics.jsonl") for path in files)
+        if made and not told and not read_metrics(folder / "metrics.jsonl"):
+            for path in files:
+                path.unlink()
             for path in made:
                 path.rmdir()
 
@@ -95,8 +106,8 @@ class Metrics:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
-            raise RunFailed(f"cannot write {self.path}: {error.strerror}; the last checkpoint is "
-                            "intact") from error
+            raise RunFailed(f"cannot write {self.path}: {error.strerror}; "
+                            f"{kept(self.path.parent)}") from error
 
 
 def read_metrics(path):

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 
-from base.errors import RunFailed, UserError
-from base.files import file_digest, sync_folder, write_atomically
+from base.errors import RunFailed, UserError, out_of_memory
+from base.files import check_unpacked, file_digest, sync_folder, write_atomically
 from edm_networks import EDMPrecond
 from text_to_image import TextDenoiser
 
@@ -29,6 +29,7 @@ KINDS = {"dataset": str, "method": str, "stage": int, "sigmas": list, "network":
          "iteration": int, "best_fid": NUMBER, "ema": dict, "student": dict, "adapted": dict,
          "head": dict, "optimizers": list, "made_from": dict, "pipeline": str,
          "teacher": str, "class_names": list}
+WEIGHTS = ("ema", "student", "adapted", "head")
 SAMPLED = ("dataset", "sigmas", "network", "ema")           # what sampling needs of it
 RESUMED = ("network", "student", "ema", "optimizers", "iteration", "fid")       # and a resumed run
 
@@ -77,13 +78,14 @@ def load(path, device="cpu", needs=()):
         if not undamaged(path):
             raise DamagedCheckpoint(f"{path} is damaged or not one of our checkpoints "
                                     "(its checksum does not match); use another copy")
+        check_unpacked(path)
         payload = torch.load(path, map_location=device, weights_only=True)
-        ours = type(payload) is dict and bool(payload["format"] == FORMAT)
+        ours = type(payload) is dict and bool(payload["format"] == FORMAT) and dense(payload)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (DamagedCheckpoint, MemoryError, torch.cuda.OutOfMemoryError):
-        raise
-    except Exception:       # a checksum that matches proves no author; torch raises many types
+    except Exception as error:      # a checksum that matches proves no author; torch raises many
+        if isinstance(error, DamagedCheckpoint) or out_of_memory(error):
+            raise
         ours = False
     if not ours:
         raise DamagedCheckpoint(f"{path} is not a checkpoint of format {FORMAT}")
@@ -91,9 +93,26 @@ def load(path, device="cpu", needs=()):
         if name in payload and not isinstance(payload[name], kind) or (
                 name in needs and name not in payload):
             raise DamagedCheckpoint(f"{path} holds no {name} as our checkpoints do")
-    if not all(type(sigma) in NUMBER for sigma in payload.get("sigmas", ())):
-        raise DamagedCheckpoint(f"{path} holds sigmas that are no numbers")
+    sigmas = payload.get("sigmas", ())
+    if not (all(type(sigma) in NUMBER for sigma in sigmas)
+            and all(a > b > 0 for a, b in zip([math.inf, *sigmas], sigmas))):
+        raise DamagedCheckpoint(f"{path} holds sigmas that are no numbers which fall and stay "
+                                "above 0")
     return payload
+
+
+def dense(payload):
+    """Whether weights and Adam's moments are what arithmetic takes."""
+    states = [payload[name] for name in WEIGHTS if name in payload]
+    for optimizer in payload.get("optimizers", ()):
+        states += optimizer["state"].values()
+    return all(is_dense(tensor) for state in states for tensor in state.values())
+
+
+def is_dense(tensor):
+    """Floating-point numbers, each in a place of its own."""
+    return (tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+            and tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
 def save_latest(folder, payload):
@@ -166,10 +185,16 @@ def build_network(config, state, source):
         check_plain(config)
         with torch.device("meta"), Undrawn():
             network = untrained(config)
+        for name, tensor in state.items():
+            if not is_dense(tensor):
+                raise ValueError(f"{name} is {tensor.dtype}, {tensor.layout}; allowed: dense "
+                                 "tensors of floating-point numbers")
         floats = {name: tensor.float() for name, tensor in state.items()}
         network.load_state_dict(floats, strict=True, assign=True)
     except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError,
             LookupError) as error:
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: its weights do not fit its configuration: {reason}") from None
     return network

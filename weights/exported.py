@@ -7,12 +7,12 @@ card. sampling.json holds what sampling needs besides: the timesteps and the bas
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
+from base.files import hidden_beside
 from text_to_image import library, load_unet, read_json, reading, require
 from weights import checkpoint
 
@@ -57,8 +57,7 @@ def export(network, base, sigmas, out, facts):
     out = Path(out)
     require(not out.exists(), f"{out} exists; give a new folder")
     timesteps = network.timestep(torch.tensor(sigmas, dtype=torch.float64)).tolist()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with hidden_beside(out, folder=True) as temporary:
         network.unet.save_pretrained(temporary)
         lcm_scheduler(network.config["schedule"], network.config["prediction_type"],
                       timesteps).save_pretrained(temporary / "scheduler")
@@ -69,8 +68,6 @@ def export(network, base, sigmas, out, facts):
             path.chmod(0o644)           # safetensors writes for its owner alone
         os.sync()
         temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return timesteps
 
 

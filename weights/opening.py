@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from base import errors
 from base.distributed import from_rank_zero, say
 from base.download import PUBLISHED, cache_folder
 from base.errors import UserError
-from base.files import ROOT, shown
+from base.files import ROOT, file_digest, shown
+from models import Guided
 from presets import DATASETS
 from text_to_image import Pipeline, load_teacher as load_pipeline_network
 from weights import checkpoint
@@ -19,6 +21,8 @@ from weights.exported import load_exported
 from weights.pretrained import PUBLISHED_NETWORKS, load_network
 
 LARGEST_NUMBER = 10 ** 8         # of images in one command
+TEXT_GUIDANCE = 3.0             # of a text-to-image teacher, as DMD has it
+SEEDS = 2 ** 32                  # torch's generator on a CPU looks at no more bits of a seed
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
 
 
@@ -33,10 +37,36 @@ class Opened:
     teacher: str = ""           # what a student was made from, where its file says
     base: str = ""              # name of the pipeline around a text-to-image network,
     pipeline: Pipeline | None = None    # and itself, once it is needed
+    guidance: float = 1.0       # of a teacher; students have it in their weights
 
     @property
     def name(self):
         return shown(self.path)
+
+    def digest(self):
+        """sha256 of its file; of a folder or a name on the hub, of the weights."""
+        if self.path.is_file():
+            return file_digest(self.path)
+        network = self.network.network if isinstance(self.network, Guided) else self.network
+        return checkpoint.weights_digest(network.state_dict())
+
+    def ask(self, prompts, flags, device):
+        """Prompts for a text-to-image network, and for no other."""
+        if self.base and not prompts:
+            raise UserError(f"{self.name} makes pictures from text: give {flags}")
+        if prompts and not self.base:
+            raise UserError(f"{flags}: {self.name} is no text-to-image network")
+        if self.base:
+            self.serve(prompts, device)
+
+    def guide(self, weight):
+        """A teacher's classifier-free guidance; None: what text to image has, else none."""
+        if weight is None:
+            weight = TEXT_GUIDANCE if self.base else 1
+        if weight != 1 and not self.sigmas:
+            if self.network.conditions.null is None:
+                raise UserError("--guidance: this network has no classes or prompts")
+            self.network, self.guidance = Guided(self.network, weight), weight
 
     def serve(self, prompts, device):
         """A text-to-image network with its pipeline, asked for these prompts."""
@@ -78,6 +108,10 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
             if levels[0] is None:
                 raise UserError(f"{source} does not say its noise levels: give --sigmas, or "
                                 "--teacher")
+            if not sigmas:
+                whose = "SiD" if path.suffix == ".pkl" else "DMD2"
+                say(f"{shown(path)} does not say what it is: taken for a one-step student, as of "
+                    f"{whose}, at sigma {levels[0]}; of a teacher say --teacher")
     if dataset and known and dataset != known:
         raise UserError(f"--dataset {dataset}: {source} is of {known}")
     told, known = payload or {}, known or dataset
@@ -215,6 +249,9 @@ class Parser(errors.Parser):
         what.add_argument("--sigmas", type=float, nargs="+", metavar="S",
                           help="noise level of each step, for a published student (default: 2.5 "
                                "for a .pkl, as SiD's; 80 for a .bin, as DMD2's)")
+        what.add_argument("--guidance", type=float, metavar="W",
+                          help="classifier-free guidance of a teacher (default: 3 with prompts, "
+                               "or 1)")
         what.add_argument("--dataset", metavar="NAME",
                           help="choose the run, the teacher and the reference by it: "
                                f"{', '.join(DATASETS)}, or that of a run of your own")
@@ -239,6 +276,11 @@ def check_sigmas(sigmas):
     if sigmas and not all(a > b > 0 for a, b in zip([float("inf"), *sigmas], sigmas)):
         raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: must fall from step to step and "
                         "stay above 0")
+
+
+def check_guidance(weight):
+    if weight is not None and not 0 <= weight < math.inf:
+        raise UserError(f"--guidance {weight}: must be 0 or more")
 
 
 def churn_options(values):

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from base.download import PUBLISHED, cache_folder, fetch_with_digest
-from base.errors import UserError
-from base.files import file_digest, write_atomically
+from base.errors import UserError, out_of_memory
+from base.files import check_unpacked, file_digest, write_atomically
 from weights.checkpoint import build_network, check_plain
 from weights.pickle_reader import Record, UnsafePickle, read_pickle
 
@@ -61,8 +61,11 @@ def _convert(path, plain):
 
 def _read_plain(path):
     try:
+        check_unpacked(path)
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no one exception for a bad file
+        if out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: not a file of plain tensors ({reason})") from None
     if not isinstance(data, dict):
