@@ -2,6 +2,8 @@
 
     python evaluate.py                                   the newest student at 1, 2, .. steps
     python evaluate.py --heun 18 9 5                     the teacher at 35, 17 and 9 evaluations
+    python evaluate.py --dataset sd15 --coco coco2014 --reference coco.npz --clip
+                                                         text to image, as PMDD, DMD and DMD2 do it
     python evaluate.py --images samples.zip              images from anywhere: folder, .zip or .npz
     python evaluate.py --table results                   a Markdown table of recorded evaluations
     torchrun --nproc_per_node=4 evaluate.py --repeats 3  EDM's three blocks of seeds, shared out
@@ -24,15 +26,18 @@ from base.distributed import from_rank_zero, say
 from base.errors import UserError, run
 from base.files import ASSETS, file_digest, shown, versions
 from base.progress import progress
+from images.captioned import (COCO_CAPTIONS, COCO_IMAGES, COCO_PICTURES, check_side, open_captioned,
+                              open_pictures, read_captions)
 from images.from_seeds import choose_classes, heun, prepare, sample_block, seed_blocks
 from images.real import open_images
 from images.sets import open_npz
+from metrics.clip_score import OPENCLIP, ClipScore
 from metrics.evaluations import read_records, record, records_under, table
-from metrics.judge import MANIFOLD, NEIGHBOURS, Judge, dataset_of
+from metrics.judge import MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of
 from models import sample_every_step
 from presets import DATASETS
-from weights.opening import (LARGEST_NUMBER, SEEDS, Parser, churn_options, open_student,
-                             open_teacher, steps_text)
+from weights.opening import (LARGEST_NUMBER, SEEDS, Parser, check_guidance, churn_options,
+                             open_student, open_teacher, steps_text)
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
 LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}
@@ -48,19 +53,24 @@ def parse(argv=None):
                       help="a teacher with N Heun steps, 2N - 1 evaluations each (default: 18)")
     what.add_argument("--images", metavar="PATH", help="a folder, zip or npz of images instead")
     what.add_argument("--n", "--number", type=int,
-                      help="images of a figure (default: 50000, or all of --images); after "
-                           "torchrun write --number, it takes --n for its own")
+                      help="images of a figure (default: 50000, all of --images, or one for each "
+                           f"prompt, at most {COCO_IMAGES}); after torchrun write --number, it "
+                           "takes --n for its own")
     what.add_argument("--repeats", type=int, default=1,
                       help="blocks of seeds, 0 to n-1, n to 2n-1, ..; shows mean, least and most")
     what.add_argument("--labels", choices=("random", "balanced"), default="random",
                       help="class of an image: drawn from its seed as EDM does (default), or seed "
                            "modulo classes")
+    add_text(parser.add_argument_group("text to image"))
     against = parser.add_argument_group("against what")
     against.add_argument("--reference", metavar="NPZ",
                          help="mu and sigma of the real images (default: the dataset's published "
                               "ones); python fid.py makes one")
     against.add_argument("--inception", metavar="FILE",
                          help="the 2015-12-05 Inception weights (default: downloaded)")
+    against.add_argument("--resize", choices=("tf1", "clean"),
+                         help="to Inception's 299: TensorFlow 1's, as EDM, or clean-fid's "
+                              "(default: tf1; clean with --side and for text to image)")
     against.add_argument("--precision-recall", action="store_true",
                          help=f"also k = {NEIGHBOURS} precision and recall, of the first "
                               f"{MANIFOLD:,} images and at most {MANIFOLD:,} real ones, which "
@@ -72,6 +82,23 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     check(args)
     return args
+
+
+def add_text(text):
+    text.add_argument("--prompts", metavar="FILE",
+                      help="what the network is asked for, seed k for prompt k: a text file, one a "
+                           "line, a .json or .jsonl list, or a .pkl")
+    text.add_argument("--coco", metavar="FOLDER",
+                      help=f"COCO 2014: prompts from its {COCO_CAPTIONS}, one caption of each "
+                           f"picture (without --prompts), real images from its {COCO_PICTURES}")
+    text.add_argument("--side", type=int,
+                      help=f"score middle squares, by Lanczos to so many pixels a side (default: "
+                           f"{TEXT_SIDE} for text to image; DMD2 has 512 for SDXL)")
+    text.add_argument("--clip", action="store_true",
+                      help="also the CLIP score, with the prompts or the captions of --images")
+    text.add_argument("--clip-model", metavar="FOLDER",
+                      help=f"CLIPModel of transformers, a folder or a name on the model hub "
+                           f"(default: {OPENCLIP}, 5.5 GB)")
 
 
 def check(args):
@@ -87,10 +114,16 @@ def check(args):
                         or args.repeats > 1):
         raise UserError("--images has no seeds or steps: leave out --checkpoint, --teacher, "
                         "--steps, --heun and --repeats")
+    if args.images and (args.prompts or args.coco or args.guidance is not None):
+        raise UserError("--images are made already: leave out --prompts, --coco and --guidance")
     if args.repeats * (args.n or 50_000) > SEEDS:
         raise UserError(f"--repeats {args.repeats}: its seeds go beyond {SEEDS - 1:,}, from where "
                         "on torch draws the same images again")
     churn_options(args.churn)
+    check_guidance(args.guidance)
+    check_side(args.side)
+    if args.clip_model and not args.clip:
+        raise UserError("--clip-model is for --clip; give both or neither")
     if args.teacher and args.steps and not args.heun:
         raise UserError("--steps is for a student; a teacher takes --heun")
     if args.precision_recall and args.n and args.n <= NEIGHBOURS:
@@ -113,6 +146,7 @@ class Job:
     blocks: Callable            # range of seeds or indices -> blocks of them
     source: Path
     ours: bool = False
+    captions: list | None = None        # of text to image, by the index that task gives
     classes: int = 0            # that an image can be of
 
 
@@ -120,6 +154,7 @@ def open_jobs(args, device):
     if args.images:
         return [images_job(args)]
     student = teacher = None
+    asked = read_captions(args.prompts, args.coco, args.n)
     if args.steps or not (args.teacher or args.heun):
         student = open_student(args, max(args.steps or [0]))
         if not student.sigmas and args.steps:
@@ -127,13 +162,18 @@ def open_jobs(args, device):
         student, teacher = (student, None) if student.sigmas else (None, student)
     if args.teacher or args.heun:
         teacher = open_teacher(args, student)
-    jobs = [student_job(student, args, device)] if student else []
+    if args.guidance is not None and not teacher:
+        raise UserError("--guidance is for a teacher: a student has it in its weights")
+    for opened in filter(None, (student, teacher)):
+        opened.ask(asked.prompts, "--prompts or --coco", device)
+        opened.guide(args.guidance)
+    jobs = [student_job(student, asked, args, device)] if student else []
     if teacher:
-        jobs += [heun_job(teacher, n, args, device) for n in args.heun or [18]]
+        jobs += [heun_job(teacher, n, asked, args, device) for n in args.heun or [18]]
     return jobs
 
 
-def student_job(student, args, device):
+def student_job(student, asked, args, device):
     """All numbers of steps from one roll-out: the images of fewer steps are its earlier outputs."""
     steps = args.steps or range(1, len(student.sigmas) + 1)
     sigmas = student.first_sigmas(max(steps))
@@ -143,74 +183,103 @@ def student_job(student, args, device):
         return [images[n - 1] for n in steps]
 
     return network_job(student, sampler, [(steps_text(n), n) for n in steps],
-                       [{"sigmas": list(sigmas[:n])} for n in steps], args, device)
+                       [{"sigmas": list(sigmas[:n])} for n in steps], asked, args, device)
 
 
-def heun_job(teacher, steps, args, device):
+def heun_job(teacher, steps, asked, args, device):
+    told = {"guidance": teacher.guidance} if asked.prompts or teacher.guidance != 1 else {}
     churn = f"S_churn, S_tmin, S_tmax, S_noise = {args.churn}" if any(args.churn) else "no churn"
     return network_job(teacher, heun(steps, **churn_options(args.churn)),
                        [(f"Heun, {steps_text(steps)}", 2 * steps - 1)],
-                       [{"sampler": f"EDM Alg. 2, {churn}"}], args, device)
+                       [{"sampler": f"EDM Alg. 2, {churn}"} | told], asked, args, device)
 
 
-def network_job(opened, sampler, what, sampling, args, device):
-    network, n = prepare(opened.network, device, args.precision, args.compile), args.n or 50_000
-    classes = network.conditions.count
+def network_job(opened, sampler, what, sampling, asked, args, device):
+    network = prepare(opened.network, device, args.precision, args.compile)
+    n, shape, classes = args.n or 50_000, network.shape, network.conditions.count
     labels = args.labels if classes else "random"
+    said = LABELS[labels] if classes else "none"
+    if asked.prompts:
+        n, labels, said = classes, "balanced", "the prompts in order"
+        shape = (3, opened.pipeline.size, opened.pipeline.size)
     protocol = {"images": n, "seeds": [f"{k * n}-{(k + 1) * n - 1}" for k in range(args.repeats)],
-                "labels": LABELS[labels] if classes else "none", "rounding": ROUNDING,
+                "labels": said, "rounding": ROUNDING,
                 "precision": args.precision + (", compiled" if args.compile else ""),
-                "source": {"file": opened.name, "sha256": file_digest(opened.path)}}
+                "source": {"file": opened.name, "sha256": opened.digest()}} | asked.protocol
 
     def task(seeds):
-        asked = choose_classes(labels, seeds, classes)
-        return sample_block(network, seeds, sampler, asked, device, args.precision)
+        chosen = choose_classes(labels, seeds, classes)
+        return sample_block(network, seeds, sampler, chosen, device, args.precision)
 
-    return Job(what, network.shape, opened.dataset, task, [protocol | s for s in sampling], n,
+    return Job(what, shape, opened.dataset, task, [protocol | s for s in sampling], n,
                partial(seed_blocks, network=network, device=device), opened.path, opened.ours,
-               classes)
+               asked.prompts or None,
+               classes=0 if asked.prompts else classes)
 
 
 def images_job(args):
-    path = Path(args.images)
-    images = open_npz(path) if path.suffix == ".npz" else open_images(args.images, args.cache)
+    path, captions, said = Path(args.images), None, "none"
+    if args.clip:
+        images = open_captioned(path, args.side or TEXT_SIDE)
+        captions, said = images.captions, "captions of the files"
+    elif path.suffix == ".npz":
+        images = open_npz(path)
+    elif args.side:
+        images = open_pictures(path, args.side)
+    else:
+        images = open_images(args.images, args.cache)
+    said = "of the files" if images.classes else said
     n = args.n or len(images)
     if not 2 <= n <= len(images):
         raise UserError(f"{images.name} has {len(images)} images, {max(n, 2)} are needed")
     file = {"file": shown(path), "sha256": file_digest(path) if path.is_file() else None}
     protocol = {"images": n, "seeds": None, "rounding": "none, uint8 as given", "source": file,
-                "labels": "of the files" if images.classes else "none"}
+                "labels": said}
 
     def task(indices):
         pixels, labels = images.take(indices)
-        return [pixels], labels if images.classes else None
+        return [pixels], labels if images.classes else torch.tensor(indices) if captions else None
 
     def blocks(indices):
         return [indices[k:k + 64] for k in range(0, len(indices), 64)]
 
     return Job([("images", 0)], images.shape, args.dataset, task, [protocol], n, blocks, path,
-               classes=images.classes)
+               captions=captions, classes=images.classes)
 
 
 # ---- Scoring ----
 
 def make_judge(job, args, device):
     dataset = dataset_of(job.shape, args.dataset or job.dataset, shown(job.source))
+    side = args.side or (TEXT_SIDE if job.captions else None)
     judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
-                  cache=args.cache)
+                  cache=args.cache, side=side, resize=args.resize)
     if judge.network.knows_classes and job.classes > judge.network.classes:
         raise UserError(f"{shown(job.source)} has class {job.classes - 1}, out of range: "
                         f"{judge.network.name} knows 0 to {judge.network.classes - 1}")
+    if args.clip:
+        if not job.captions:
+            raise UserError(f"--clip: {shown(job.source)} is no text-to-image network")
+        judge.compare_with_captions(from_rank_zero(
+            lambda: ClipScore(args.clip_model or OPENCLIP, device)), job.captions)
     if args.precision_recall:
-        source = args.data or (DATASETS[dataset].data if dataset in DATASETS else "")
-        if not source:
-            raise UserError("--precision-recall needs real images: give --data")
-        images = from_rank_zero(lambda: open_images(source, args.cache))
-        if tuple(images.shape) != tuple(job.shape):
-            raise UserError(f"--data {source} has images of shape {list(images.shape)}, those "
-                            f"evaluated are {list(job.shape)}")
-        judge.compare_with(images, source)
+        judge.compare_with(*open_real(job, dataset, side, args))
     return judge
+
+
+def open_real(job, dataset, side, args):
+    """Real images and where they are, of the shape that is scored."""
+    source = args.data or (str(Path(args.coco) / COCO_PICTURES) if args.coco else
+                           DATASETS[dataset].data if dataset in DATASETS else "")
+    if not source:
+        raise UserError("--precision-recall needs real images: give --data")
+    if side:
+        return open_pictures(source, side), source
+    images = from_rank_zero(lambda: open_images(source, args.cache))
+    if tuple(images.shape) != tuple(job.shape):
+        raise UserError(f"--data {source} has images of shape {list(images.shape)}, those "
+                        f"evaluated are {list(job.shape)}")
+    return images, source
 
 
 def evaluate(job, judge, repeat, repeats):

@@ -1,10 +1,12 @@
 """FID and its companions: Inception features, their statistics, and the distances between them.
 
     python fid.py --data images.zip --out reference.npz     reference statistics of a set of images
+    python fid.py --data val2014 --side 256 --out coco.npz  of COCO's pictures, for text to image
 
 FID (arXiv:1706.08500) is the Frechet distance between Gaussians fitted to the features of two sets
 of images. Two figures compare only where network, resize, rounding and sums are the same; these
-are EDM's: the 2015-12-05 weights, TensorFlow 1's resize, float64 sums.
+are EDM's: the 2015-12-05 weights, TensorFlow 1's resize, float64 sums. Text to image has
+clean-fid's resize in its place.
 """
 
 import zipfile
@@ -109,14 +111,18 @@ def low_rank_factor(covariance):
 # ---- References in EDM's layout: an npz with mu [D] and sigma [D,D] ----
 
 
-def read_reference(path, dimensions=None):
-    """mu [D], sigma [D,D] in float64; checked, and nothing unpickled."""
+def read_reference(path, dimensions=None, **made):
+    """mu [D], sigma [D,D] in float64; checked, and nothing unpickled.
+
+    made: how the figures are; a file that says of itself that it was made otherwise is refused.
+    """
     try:
         with zipfile.ZipFile(path) as archive:  # a small file can claim to unpack to anything
             if sum(member.file_size for member in archive.infolist()) > 2 ** 30:
                 raise ValueError("unpacks to more than 1 GiB")
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = (np.asarray(file[key]) for key in ("mu", "sigma"))
+            told = {key: file[key].item() for key in made if key in file.files}
         if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
             raise ValueError(f"mu is {mean.dtype}, sigma {covariance.dtype}, not floating point")
         if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
@@ -133,15 +139,19 @@ def read_reference(path, dimensions=None):
     if dimensions is not None and mean.size != dimensions:
         raise UserError(f"{path}: reference of {mean.size} dimensions, need {dimensions}: "
                         "it was made with another feature network")
+    for key, value in told.items():
+        if value != made[key]:
+            raise UserError(f"{path} was made with --{key} {value}, these figures are of --{key} "
+                            f"{made[key]}: make another one, or give --{key} {value}")
     return mean.astype(np.float64), covariance.astype(np.float64)
 
 
-def write_reference(path, mean, covariance):
+def write_reference(path, mean, covariance, **made):
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
 
     def write(temporary):
         with open(temporary, "wb") as file:  # given a name, savez would add to it
-            np.savez(file, mu=mean, sigma=covariance)
+            np.savez(file, mu=mean, sigma=covariance, **made)
 
     write_atomically(path, write)
 
@@ -231,6 +241,11 @@ def main():
     parser.add_argument("--data", required=True,
                         help="digits, cifar10 (downloaded), an archive, folder or zip")
     parser.add_argument("--out", required=True, help="the npz to write: mu and sigma")
+    parser.add_argument("--side", type=int, help="pictures of any size: their middle squares, by "
+                                                 "Lanczos to so many pixels a side")
+    parser.add_argument("--resize", choices=("tf1", "clean"),
+                        help="to Inception's 299: TensorFlow 1's, as EDM, or clean-fid's (default: "
+                             "tf1; clean with --side)")
     parser.add_argument("--batch", type=int, default=64, help="images read at a time")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
@@ -249,16 +264,21 @@ def main():
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no CUDA device here; cpu works")
 
-    from images.real import open_images     # this file is mathematics too, and imports no room
+    from images.captioned import check_side, open_pictures      # this file is mathematics too,
+    from images.real import open_images                         # and imports no room
     from metrics.judge import dataset_of, feature_network
-    images = open_images(args.data, args.cache)
+    check_side(args.side)
+    images = (open_pictures(args.data, args.side) if args.side else
+              open_images(args.data, args.cache))
     dataset = dataset_of(images.shape, None, args.data)
-    network = feature_network(dataset, args.cache, args.device, args.inception)
+    resize = args.resize or ("clean" if args.side else "tf1")
+    network = feature_network(dataset, args.cache, args.device, args.inception, resize)
+    made = {} if dataset == "digits" else {"resize": resize, "side": images.shape[-1]}
     batches = (batch for batch, _ in images.batches(args.batch))
     steps = -(-len(images) // args.batch)
     statistics = reference_statistics(network, progress(batches, desc="features", total=steps,
                                                         unit="batch"))
-    write_reference(args.out, statistics.mean(), statistics.covariance())
+    write_reference(args.out, statistics.mean(), statistics.covariance(), **made)
     print(f"{args.out}: {len(images)} images, {network.dimensions} features of {network.name}")
 
 

@@ -16,11 +16,14 @@ PMDD = "Progressive Data-Free Diffusion Distillation", whose steps are counted a
 """
 
 import math
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from losses import dm_loss, sid_loss
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
 
@@ -84,6 +87,23 @@ KARRAS = Levels(karras(torch.arange(1000, dtype=torch.float64) / 999), karras, l
                 sigma_lognormal)
 
 
+# ---- The student's losses, each with its noise ----
+
+class StudentLoss(NamedTuple):
+    """A row of the table that --loss chooses from."""
+    of: Callable            # config -> loss(x0, sigma, eps, y, *, teacher, adapted); None: no such
+    student_noise: Callable     # at which noise it compares the denoisers (Deviation 5)
+    adapted_noise: Callable     # at which noise the adapted network learns beside it
+
+
+LOSSES = {
+    "dm": StudentLoss(lambda config: partial(dm_loss, weighting=config.dm_weighting),
+                      sigma_dm, sigma_grid),
+    "sid": StudentLoss(lambda config: partial(sid_loss, alpha=config.alpha),
+                       sigma_sid, sigma_trained),
+    "none": StudentLoss(lambda config: None, sigma_dm, sigma_grid)}     # the extra terms alone
+
+
 # ---- Conditions ----
 
 class Conditions(NamedTuple):
@@ -98,7 +118,8 @@ def classes_as_conditions(label_dim):
     """One-hot classes, all zeros for none: EDM's networks."""
     if not label_dim:
         return Conditions(0, lambda index: None, None)
-    return Conditions(label_dim, lambda index: F.one_hot(index, label_dim).float(), torch.zeros(()))
+    null = torch.zeros((), device="cpu")                # also where the network is built on "meta"
+    return Conditions(label_dim, lambda index: F.one_hot(index, label_dim).float(), null)
 
 
 class Guided(nn.Module):
@@ -202,16 +223,19 @@ class SeededNoise:
 def sample_seeds(network, seeds, sampler, asked=None, device="cpu"):
     """Images x0 [B,C,H,W] and the index of what was asked for [B], None where nothing can be.
 
-    Each seed's generator draws its z, then its condition where `asked` (one for each seed) is None,
-    then whatever the sampler asks for: sampler(network, z, y, noise) is sample_student or
-    sample_heun with its options bound.
+    Each seed's generator draws its z, then its condition, which `asked` (one for each seed) takes
+    the place of, then whatever the sampler asks for: sampler(network, z, y, noise) is
+    sample_student or sample_heun with its options bound.
     """
     noise, conditions = SeededNoise(seeds, network.shape, device), network.conditions
     z = noise()
     if not conditions.count:
         return sampler(network, z, None, noise), None
-    drawn = noise.indices(conditions.count)
-    index = drawn if asked is None else torch.as_tensor(asked, device=device)
+    # EDM draws a class also where one is asked for; diffusers, between z and the noise, nothing.
+    if asked is None or not conditions.on_host:
+        index = noise.indices(conditions.count)
+    if asked is not None:
+        index = torch.as_tensor(asked, device=device)
     return sampler(network, z, conditions.embed(index).to(z), noise), index
 
 

@@ -6,27 +6,10 @@ SiD = arXiv:2404.04057 and the run script of its published code.
 """
 
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
-from losses import dm_loss, sid_loss
-from models import KARRAS, sigma_dm, sigma_grid, sigma_sid, sigma_trained
-from text_to_image import noise_table, variance_preserving
-
-
-class StudentLoss(NamedTuple):
-    """A row of the table that --loss chooses from."""
-    of: Callable            # config -> loss(x0, sigma, eps, y, *, teacher, adapted); None: no such
-    student_noise: Callable     # at which noise it compares the denoisers (Deviation 5)
-    adapted_noise: Callable     # at which noise the adapted network learns beside it
-
-
-LOSSES = {
-    "dm": StudentLoss(lambda config: partial(dm_loss, weighting=config.dm_weighting),
-                      sigma_dm, sigma_grid),
-    "sid": StudentLoss(lambda config: partial(sid_loss, alpha=config.alpha),
-                       sigma_sid, sigma_trained),
-    "none": StudentLoss(lambda config: None, sigma_dm, sigma_grid)}     # the extra terms alone
+from models import KARRAS, LOSSES
+from text_to_image import SD15_NETWORK, SD_LEVELS
 
 
 class Dataset(NamedTuple):
@@ -41,10 +24,8 @@ class Dataset(NamedTuple):
     hint: str = ""              # part of its published files' names
 
 
-SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                   num_train_timesteps=1000)
-SD_LEVELS = variance_preserving(noise_table(**SD_SCHEDULE))
-
+FACES_64 = dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet",
+                augment_dim=9, model_channels=128, channel_mult=[1, 2, 2, 2])
 DATASETS = {
     "digits": Dataset(
         dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
@@ -62,17 +43,11 @@ DATASETS = {
         dict(img_resolution=64, img_channels=3, label_dim=1000, model_type="DhariwalUNet",
              dropout=0.10),
         "edm-imagenet-64x64-cond-adm", "fid-imagenet-64x64", hint="imagenet"),
-    "ffhq64": Dataset(
-        dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet", augment_dim=9,
-             model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.05),
-        "edm-ffhq-64x64-uncond-vp", "fid-ffhq-64x64", hint="ffhq"),
-    "afhqv2-64": Dataset(
-        dict(img_resolution=64, img_channels=3, label_dim=0, model_type="SongUNet", augment_dim=9,
-             model_channels=128, channel_mult=[1, 2, 2, 2], dropout=0.25),
-        "edm-afhqv2-64x64-uncond-vp", "fid-afhqv2-64x64", hint="afhqv2"),
-    "sd15": Dataset(
-        dict(unet=dict(sample_size=64, cross_attention_dim=768), prediction_type="epsilon",
-             schedule=SD_SCHEDULE), "stable-diffusion-v1-5/stable-diffusion-v1-5")}
+    "ffhq64": Dataset(FACES_64 | {"dropout": 0.05}, "edm-ffhq-64x64-uncond-vp", "fid-ffhq-64x64",
+                      hint="ffhq"),
+    "afhqv2-64": Dataset(FACES_64 | {"dropout": 0.25}, "edm-afhqv2-64x64-uncond-vp",
+                         "fid-afhqv2-64x64", hint="afhqv2"),
+    "sd15": Dataset(SD15_NETWORK, "stable-diffusion-v1-5/stable-diffusion-v1-5")}
 DIGITS, CIFAR10, IMAGENET64, SD15 = (DATASETS[name] for name in (
     "digits", "cifar10", "imagenet64", "sd15"))
 
@@ -139,9 +114,8 @@ class Config:
     evaluate_images: int = option(50_000, "images of an evaluation")
     save_every: int = option(1000, "iterations between checkpoints")
     seed: int = option(0, "seed of all random draws")
-    # Fields that came later: a default means what runs did before there was the field.
-    warm_up: int = option(0, "iterations over which the learning rate rises linearly from 0; 0: "
-                             "none")
+    # Of fields that came later a default means what runs did before.
+    warm_up: int = option(0, "iterations over which the learning rate rises linearly from 0")
     ema_rampup: float = option(0.0, "the average's half-life is at most this share of the images "
                                     "that updates have seen; 0: no such limit")
     augment: float = option(0.0, "stage 0: probability of each of EDM's augmentations")
@@ -326,19 +300,19 @@ PRESETS = {
         OURS, CPU, None),
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10_ROW, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
-                augment=0.12, ema_rampup=0.05, evaluate_every=10_000),
+                warm_up=19_531, augment=0.12, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "8 V100", None),
     ("ffhq64", "pmdd", 0, ""): Preset(
         replace(FFHQ64_ROW, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4,
-                augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
+                warm_up=39_062, augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "8 V100", None),
     ("afhqv2-64", "pmdd", 0, ""): Preset(
         replace(AFHQV2_64_ROW, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4,
-                augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
+                warm_up=39_062, augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "8 V100", None),
     ("imagenet64", "pmdd", 0, ""): Preset(
         replace(IMAGENET64_ROW, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
-                ema_halflife=50_000_000, ema_rampup=0.05, evaluate_every=10_000),
+                warm_up=2_441, ema_halflife=50_000_000, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "32 A100", None),
 }
 
@@ -353,13 +327,15 @@ def find(dataset, method, stage, variant="", network=None, teacher=""):
         method = "pmdd"                                 # a teacher is of no method
     if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
         row = find(dataset, method, 1, variant, network, teacher)
+        like = "sd15" if "unet" in (network or ()) else dataset
         return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(
-            row.config, stage=stage, sigmas=schedule(dataset)[:stage], trained_step="random"))
+            row.config, stage=stage, sigmas=schedule(like)[:stage], trained_step="random"))
     if (dataset, method, stage, variant) in PRESETS:
         return PRESETS[dataset, method, stage, variant]
     known = {d for d, m, s, _ in PRESETS if m == method and (s == 0) == (stage == 0)}
     if dataset not in known and network and not variant:
-        near = nearest(network, stage)
+        near = ("sd15" if "unet" in network else "cifar10" if network["img_resolution"] <= 32 else
+                "imagenet64" if stage else "ffhq64")
         row = find(near, method, stage)
         return replace(row, paper_fid=None, paper_clip=None, hours="-", gpus="none",
                        source=f"the nearest published row by resolution, of {near}: {row.source}",
@@ -371,10 +347,3 @@ def find(dataset, method, stage, variant="", network=None, teacher=""):
     raise ValueError(f"no preset for --dataset {dataset} --method {method} --stage {stage}"
                      + (f" --variant {variant}" if variant else "")
                      + f"; there is: {listed or 'none for this method'}")
-
-
-def nearest(network, stage):
-    """Up to 32 pixels CIFAR-10; above ImageNet-64, or to train a teacher FFHQ-64."""
-    if "unet" in network:
-        return "sd15"
-    return "cifar10" if network["img_resolution"] <= 32 else "imagenet64" if stage else "ffhq64"

@@ -8,13 +8,13 @@
     torchrun --nproc_per_node=4 sample.py ...       shared out; on CPU the same bits
 """
 
-import math
 import time
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
 import numpy as np
+import torch
 
 from base import distributed
 from base.distributed import gathered, say
@@ -25,12 +25,11 @@ from images.pictures import comparison, grid, save_png
 from images.prompts import read_prompts
 from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
-from models import Guided, sample_student
-from weights.opening import (LARGEST_NUMBER, SEEDS, Opened, Parser, check_sigmas, churn_options,
-                             open_student, open_teacher, steps_text)
+from models import sample_student
+from weights.opening import (LARGEST_NUMBER, SEEDS, Opened, Parser, check_guidance, check_sigmas,
+                             churn_options, open_network, open_student, open_teacher, steps_text)
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
-TEXT_GUIDANCE = 3.0             # of a text-to-image teacher, as DMD has it
 
 
 # ---- Command line ----
@@ -60,8 +59,6 @@ def parse(argv=None):
                         help="what a text-to-image network is asked for; --n pictures of each")
     labels.add_argument("--prompts", metavar="FILE",
                         help="the same from a file: one a line, or a .json or .jsonl list")
-    what.add_argument("--guidance", type=float, metavar="W",
-                      help="classifier-free guidance of a teacher (default: 3 with prompts, or 1)")
     what.add_argument("--grid", metavar="COLUMNS[xROWS]",
                       help="shape of the picture, in seed order")
     what.add_argument("--out", help="a .png grid, .zip (EDM's layout), .npz (arr_0, arr_1), or a "
@@ -87,8 +84,7 @@ def check(args):
     check_sigmas(args.sigmas)
     churn_options(args.churn)
     args.columns, rows = parse_grid(args.grid)
-    if args.guidance is not None and not 0 <= args.guidance < math.inf:
-        raise UserError(f"--guidance {args.guidance}: must be 0 or more")
+    check_guidance(args.guidance)
     args.all_prompts = read_prompts(args.prompts) if args.prompts else args.prompt
     default = ((1 if args.compare else 4) if args.all_prompts else 10 if args.compare else 100)
     args.all_seeds = parse_seeds(args.seeds) if args.seeds else range(
@@ -171,17 +167,6 @@ def heun_row(opened, args):
     steps = args.heun or HEUN_STEPS
     return Row(opened, heun(steps, **churn_options(args.churn)),
                [f"teacher, {2 * steps - 1} evaluation{'s' * (steps > 1)}"])
-
-
-def guide(row, weight):
-    """Teachers alone are guided: students have it in their weights."""
-    network = row.opened.network
-    if weight is None:
-        weight = TEXT_GUIDANCE if row.opened.base else 1
-    if weight != 1 and not row.opened.sigmas:
-        if network.conditions.null is None:
-            raise UserError("--guidance: this network has no classes or prompts")
-        row.opened.network = Guided(network, weight)
 
 
 class Wanted(NamedTuple):
@@ -291,26 +276,37 @@ def default_path(opened, texts, compare):
     return f"{opened.dataset or opened.path.stem}-{what}.png"
 
 
-def open_prompts(args, rows, device):
-    """Text-to-image networks with their pipelines, asked for the prompts."""
-    for row in rows:
-        if row.opened.base and not args.all_prompts:
-            raise UserError(f"{row.opened.name} makes pictures from text: give --prompt or "
-                            "--prompts")
-        if args.all_prompts and not row.opened.base:
-            raise UserError(f"--prompt: {row.opened.name} is no text-to-image network")
-        if row.opened.base:
-            row.opened.serve(args.all_prompts, device)
+# ---- From Python ----
+
+def load(source, device="cpu"):
+    """A student, or a teacher, to be called: load("runs/.../best.pt")(n=16, steps=3, seed=0)."""
+    opened, device = open_network(source), torch.device(device)
+    prepare(opened.network, device)
+
+    def images(n=1, steps=None, seed=0, asked=None):
+        """uint8 [n,C,H,W] of the seeds from `seed` on; asked: a class, or a prompt, for each."""
+        if opened.base:
+            opened.serve(asked, device)
+            asked = range(n)
+        sampler = heun(steps or HEUN_STEPS)
+        if opened.sigmas:
+            sampler = every_step(opened.first_sigmas(steps or len(opened.sigmas)))
+        return sample_block(opened.network, range(seed, seed + n), sampler, asked, device)[0][-1]
+
+    return images
 
 
 def main(argv=None):
     args = parse(argv)
     device = distributed.start(args.device)
     rows = open_rows(args)
-    open_prompts(args, rows, device)
-    labels = choose_labels(args, rows[0].opened.network)
     for row in rows:
-        guide(row, args.guidance)
+        row.opened.ask(args.all_prompts, "--prompt or --prompts", device)
+    labels = choose_labels(args, rows[0].opened.network)
+    if args.guidance is not None and all(row.opened.sigmas for row in rows):
+        raise UserError("--guidance is for a teacher; a student has what it learnt in its weights")
+    for row in rows:
+        row.opened.guide(args.guidance)
         prepare(row.opened.network, device, args.precision, args.compile)
     texts = [text for row in rows for text in row.texts]
     path = Path(args.out or default_path(rows[-1].opened, texts, args.compare))

@@ -81,6 +81,14 @@ def variance_preserving(table):
     return Levels(table, at, lambda sigma: (1 + sigma ** 2) ** 0.5, sigma_grid)
 
 
+# Stable Diffusion v1.5's, as published; what is left out is diffusers' default.
+SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                   num_train_timesteps=1000)
+SD_LEVELS = variance_preserving(noise_table(**SD_SCHEDULE))
+SD15_NETWORK = dict(unet=dict(sample_size=64, cross_attention_dim=768), prediction_type="epsilon",
+                    schedule=SD_SCHEDULE)
+
+
 class TextDenoiser(nn.Module):
     """D(x_t, sigma, y) of an epsilon or v network; TextDenoiser(**config) builds another one."""
 
@@ -171,7 +179,7 @@ def locate(source, *parts):
         raise UserError(
             f"no pipeline {str(source)!r}: it is no folder, and {', '.join(parts)} cannot be had "
             f"from the model hub into {hub.constants.HF_HUB_CACHE} ({reason(error)}); a pipeline "
-            "folder downloaded elsewhere can be given in its place") from None
+            "folder downloaded elsewhere can be given in its place, or put there") from None
 
 
 def read_json(path):
@@ -296,7 +304,7 @@ class Pipeline(nn.Module):
 
     def serve(self, network, prompts):
         """The network, asked for these prompts, shows its latents as pictures."""
-        network.conditions = self.conditions(prompts)
+        self.prompts, network.conditions = prompts, self.conditions(prompts)
         network.pixels = lambda latents: self.decode(latents)   # a method would be copied with it
         return network
 

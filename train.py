@@ -26,8 +26,7 @@ from images.real import check_fits, open_images
 from losses import (denoising_loss, edm_loss, gan_adapted_loss, gan_student_loss, regression_loss,
                     unforget_loss)
 from metrics.judge import Scorer, perceptual_distance
-from models import denoise_together, level, roll_out, update_ema
-from presets import LOSSES
+from models import LOSSES, denoise_together, level, roll_out, update_ema
 from training.cost import report
 from training.draws import Sources, cut, draw
 from training.latents import latents_of

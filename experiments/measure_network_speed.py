@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from base.files import ROOT
 from edm_networks import Conv2d, EDMPrecond
-from presets import CIFAR10_NETWORK
+from presets import CIFAR10
 
 BATCH, ROUNDS, THREADS = 8, 7, 2
 
@@ -38,7 +38,7 @@ def grouped_forward(conv, x):
 def main():
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    network = EDMPrecond(**CIFAR10_NETWORK).eval()
+    network = EDMPrecond(**CIFAR10.network).eval()
     x, sigma = torch.randn(BATCH, 3, 32, 32), torch.rand(BATCH) + 0.5
     y = torch.eye(10)[torch.arange(BATCH) % 10]
 

@@ -4,10 +4,9 @@
 import numpy as np
 from PIL import Image
 
-from base.errors import UserError
 from base.files import ROOT
 from experiments.digits_tables import brightness as brightness_of, fid_over_training
-from images.pictures import add_row_labels, draw_curves, save_png
+from images.pictures import add_row_labels, draw_curves, matplotlib_pyplot, save_png
 from metrics.evaluations import records_under
 from training.run_folder import read_metrics
 
@@ -15,11 +14,7 @@ RESULTS = ROOT / "results"
 
 
 def draw_all():
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--pictures needs matplotlib (pip install matplotlib)") from None
-    matplotlib.use("Agg")
+    matplotlib_pyplot()
     if (RESULTS / "tables" / "dm-ttur-10" / "seed0" / "metrics.jsonl").exists():
         brightness()
     fid_by_evaluations()
@@ -35,7 +30,7 @@ def draw_all():
 
 def brightness():
     """DMD2 Figure 8: brightness of the student's images over training, by TTUR."""
-    import matplotlib.pyplot as plt
+    plt = matplotlib_pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
     for ttur, name in ((1, "dmd-no-regression"), (5, "dmd2-no-gan"), (10, "dm-ttur-10")):
         axes[0].plot(*brightness_of(name, 0), label=f"TTUR {ttur}", linewidth=1)
@@ -46,7 +41,7 @@ def brightness():
 
 
 def fid_by_evaluations():
-    import matplotlib.pyplot as plt
+    plt = matplotlib_pyplot()
     figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
     entries = records_under([RESULTS / "embedded"])
     for text, mine in (("teacher, Heun", lambda e: "Heun" in e["what"]),
@@ -60,7 +55,7 @@ def fid_by_evaluations():
 
 
 def save(figure, axes, name):
-    import matplotlib.pyplot as plt
+    plt = matplotlib_pyplot()
     for axis in axes:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)

@@ -181,6 +181,8 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "unforget": partial(evaluations, "unforget"),
          "presets_cifar10": partial(presets, "cifar10"),
          "presets_imagenet64": partial(presets, "imagenet64"),
+         "presets_ffhq64": partial(presets, "ffhq64"),
+         "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
              iteration, deviations, rooms, files, published, summary, heldout, soak)},
          **speed_tables.TABLES, **tables.TABLES,

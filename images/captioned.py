@@ -1,63 +1,123 @@
-"""Pictures with captions: a folder or zip whose dataset.json, or .txt files beside them, tell."""
+"""Pictures of any size as squares of one, and their captions: a folder, a zip, or COCO."""
 
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from base.errors import UserError
-from images.real import decode, is_image, listed, open_files
+from base.files import file_digest, shown
+from images.prompts import read_prompts
+from images.real import Images, decode, is_image, listed, open_files
+
+COCO_CAPTIONS, COCO_PICTURES = "annotations/captions_val2014.json", "val2014"
+COCO_IMAGES = 30_000            # of the papers' figures
+COCO_SEED = 0                   # of the choice among them: everywhere the same list
+LARGEST_SIDE = 4096
 
 
-class Captioned:
-    """RGB pictures, cropped to their middle square and brought to one size."""
-
-    def __init__(self, path, names, captions, read_bytes, size):
-        self.path, self.names, self.captions = path, names, captions
-        self.read_bytes, self.size = read_bytes, size
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, number):
-        """uint8 [3,size,size]"""
-        pixels = decode(self.path, self.names[number], self.read_bytes)
-        picture = Image.fromarray(np.repeat(pixels, 4 - len(pixels), 0)[:3].transpose(1, 2, 0))
-        return np.asarray(square(picture, self.size)).transpose(2, 0, 1).copy()
+def check_side(side):
+    if side is not None and not 1 <= side <= LARGEST_SIDE:
+        raise UserError(f"--side {side}: must be 1 to {LARGEST_SIDE}")
 
 
-def square(picture, size):
-    """The middle square, by Lanczos to size x size: as DMD2 brings COCO's pictures to 256."""
+def square(pixels, size):
+    """The middle square, by Lanczos to one size: as DMD2 brings COCO's pictures to 256.
+
+    uint8 [1 or 3,H,W] -> [3,size,size]
+    """
+    picture = Image.fromarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
     side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize(
-        (size, size), Image.Resampling.LANCZOS)
+    left, top = (round((length - side) / 2) for length in picture.size)     # to even, as there
+    picture = picture.crop((left, top, left + side, top + side))
+    resized = picture.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(resized).transpose(2, 0, 1).copy()
+
+
+def squares(images, size):
+    """uint8 [B,1 or 3,H,W] -> [B,3,size,size] on the CPU"""
+    return torch.from_numpy(np.stack([square(x, size) for x in images.cpu().numpy()]))
+
+
+class Pictures(Images):
+    """Like other images, but that the files may have any sizes; with captions where asked for."""
+
+    def __init__(self, path, size, captioned=False):
+        if not path.exists():
+            raise UserError(f"no pictures at {path}; wanted: a folder or zip of them")
+        found, read_bytes = open_files(path)
+        names = sorted(filter(is_image, found))
+        if not names:
+            raise UserError(f"no pictures in {path}")
+        super().__init__(str(path), (3, size, size), np.zeros(len(names), np.int64),
+                         lambda number: square(decode(path, names[number], read_bytes), size), 0)
+        self.captions = captions_of(path, names, set(found), read_bytes) if captioned else None
+
+
+def open_pictures(source, size):
+    return Pictures(Path(source), size)
 
 
 def open_captioned(source, size):
-    path = Path(source)
-    if not path.exists():
-        raise UserError(f"no pictures at {path}: give --data a folder or zip of them with captions")
-    found, read_bytes = open_files(path)
-    names = sorted(filter(is_image, found))
-    if not names:
-        raise UserError(f"no pictures in {path}")
-    told = captions_of(path, set(found), read_bytes)
+    return Pictures(Path(source), size, captioned=True)
+
+
+def captions_of(path, names, found, read_bytes):
+    """The caption of each picture, which dataset.json tells, or a .txt file beside it."""
+    if "dataset.json" in found:
+        told = {name: str(caption)
+                for name, caption in (listed(path, names, read_bytes)[0] or {}).items()}
+    else:
+        try:
+            told = {name: read_bytes(text).decode().strip() for name in names
+                    if (text := str(Path(name).with_suffix(".txt"))) in found}
+        except Exception as error:          # the files'
+            raise UserError(f"{path}: its captions cannot be read: {error}") from error
     missing = [name for name in names if name not in told]
     if missing:
         raise UserError(f"{path}: {len(missing)} of {len(names)} pictures have no caption, "
                         f"{missing[0]} is the first; wanted: dataset.json with {{\"labels\": "
                         "[[name, caption], ...]}, or a .txt beside each")
-    return Captioned(path, names, [told[name] for name in names], read_bytes, size)
+    return [told[name] for name in names]
 
 
-def captions_of(path, found, read_bytes):
-    """Name of a picture -> its caption."""
-    if "dataset.json" in found:
-        told, _ = listed(path, filter(is_image, found), read_bytes)
-        return {name: str(caption) for name, caption in (told or {}).items()}
+def coco_captions(folder):
+    """One caption of each picture of val2014, and the pictures in an order, both by COCO_SEED."""
+    path, told, draw = Path(folder) / COCO_CAPTIONS, {}, np.random.RandomState(COCO_SEED)
+    if not path.is_file():
+        raise UserError(f"no {path}: --coco wants a folder with COCO 2014's {COCO_CAPTIONS}, of "
+                        "annotations_trainval2014.zip, and for a reference its pictures, "
+                        f"{COCO_PICTURES}/*.jpg, of val2014.zip; both are published at "
+                        "cocodataset.org")
     try:
-        return {name: read_bytes(text).decode().strip() for name in found if is_image(name)
-                if (text := str(Path(name).with_suffix(".txt"))) in found}
-    except Exception as error:              # the files'
-        raise UserError(f"{path}: its captions cannot be read: {error}") from error
+        for one in sorted(json.loads(path.read_text("utf-8"))["annotations"],
+                          key=lambda one: one["id"]):
+            told.setdefault(int(one["image_id"]), []).append(one["caption"].strip())
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} holds no captions as COCO's does: {error!r}") from None
+    return [told[image][draw.randint(len(told[image]))] for image in draw.permutation(sorted(told))]
+
+
+class Asked(NamedTuple):
+    """What a text-to-image network is asked for in an evaluation, and how a record says so."""
+    prompts: list               # one for each image, in order; empty: no prompts
+    protocol: dict
+
+
+def read_captions(prompts, coco, n):
+    """The first n of a file of prompts, or of COCO's captions; n None: the papers' number."""
+    if not (prompts or coco):
+        return Asked([], {})
+    path = prompts or Path(coco) / COCO_CAPTIONS
+    texts = read_prompts(path) if prompts else coco_captions(coco)
+    n = n or min(len(texts), COCO_IMAGES)
+    if not 2 <= n <= len(texts):
+        raise UserError(f"{path} has {len(texts)} captions, {max(n, 2)} images need as many; a "
+                        "smaller --n takes the first of them")
+    about = {"file": shown(path), "sha256": file_digest(path)}
+    if not prompts:
+        about["choice"] = f"one caption of each picture, drawn by seed {COCO_SEED} as their order"
+    return Asked(texts[:n], {"prompts": about})

@@ -5,8 +5,11 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from base.errors import UserError
 from base.files import write_atomically
 
+CURVES = ("distill", "unforget", "gan", "regression", "denoising", "discriminator",
+          "student_gradient", "adapted_gradient", "image_mean", "image_spread")
 LABEL_WIDTH = 24                # characters of a label before it is broken
 COMPARED_COLUMNS = 10
 
@@ -75,19 +78,24 @@ def save_png(picture, path):
     write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
 
 
-def draw_curves(lines, path):
-    """The lines of metrics.jsonl as a picture, where matplotlib is installed."""
+def matplotlib_pyplot():
     try:
         import matplotlib
     except ImportError:
-        print("no curves.png: it needs matplotlib (pip install matplotlib)")
-        return
+        raise UserError("it needs matplotlib (pip install matplotlib)") from None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
-    names = [n for n in ("distill", "unforget", "gan", "regression", "denoising",
-                         "student_gradient", "adapted_gradient", "image_mean", "image_spread")
-             if any(n in line for line in lines)]
+
+def draw_curves(lines, path):
+    """The lines of metrics.jsonl as a picture, where matplotlib is installed."""
+    try:
+        plt = matplotlib_pyplot()
+    except UserError as error:
+        print(f"no curves.png: {error}")
+        return
+    names = [name for name in CURVES if any(name in line for line in lines)]
     fids = sorted({n for line in lines for n in line if "FID" in n})
     groups = [[n] for n in names] + [fids] * bool(fids)
     rows = -(-len(groups) // 4)

@@ -7,13 +7,16 @@ from base.errors import UserError
 from base.files import write_atomically
 
 COLUMNS = {"digits-FID": "{:.3f}", "FID": "{:.3f}", "right_class": "{:.2%}",
-           "inception_score": "{:.3f}", "precision": "{:.4f}", "recall": "{:.4f}"}
-HEADINGS = {"right_class": "right class", "inception_score": "Inception score"}
+           "clip_score": "{:.4f}", "inception_score": "{:.3f}", "precision": "{:.4f}",
+           "recall": "{:.4f}"}
+HEADINGS = {"right_class": "right class", "clip_score": "CLIP score",
+            "inception_score": "Inception score"}
 
 
 def identity(entry):
     """What a new evaluation replaces: the same thing by the same protocol, whatever its weights."""
-    protocol = {k: v for k, v in entry["protocol"].items() if k != "source"}
+    protocol = {"resize": "tf1"}                # what records that say nothing of it stand for
+    protocol |= {k: v for k, v in entry["protocol"].items() if k != "source"}
     file = entry["protocol"]["source"]["file"]
     return json.dumps([entry["what"], file, protocol], sort_keys=True)
 
@@ -73,12 +76,23 @@ def cell(figure, form):
 
 def protocol_text(r):
     p, e = r["protocol"], r["environment"]
+    clip = p.get("clip_score")
     parts = [f"{p['images']:,} images", f"seeds {', '.join(p['seeds'])}" if p["seeds"] else "",
-             f"labels: {p['labels']}", p["rounding"], p.get("precision", ""),
+             f"labels: {p['labels']}", prompts_text(p["prompts"]) if "prompts" in p else "",
+             f"guidance {p['guidance']:g}" if "guidance" in p else "",
+             p["rounding"], p.get("precision", ""),
+             f"middle squares, Lanczos to {p['side']}" if "side" in p else "",
+             "clean-fid's resize" if p.get("resize") == "clean" else "",
              f"reference {p['reference']['file']} ({p['reference']['sha256'][:8]})",
              f"features {p['features']['network']} ({(p['features']['sha256'] or '-')[:8]})",
+             f"CLIP score of {clip['model']} ({clip['sha256'][:8]})" if clip else "",
              p.get("precision_recall", ""), f"torch {e['torch']}, {e['device']}"]
     return "; ".join(part for part in parts if part)
+
+
+def prompts_text(prompts):
+    text = f"prompts {prompts['file']} ({prompts['sha256'][:8]})"
+    return f"{text}, {prompts['choice']}" if "choice" in prompts else text
 
 
 def records_under(paths):

@@ -1,4 +1,4 @@
-"""The Inception-v3 network whose features FID compares: 2015-12-05 weights, TensorFlow 1's resize.
+"""The Inception-v3 network whose features FID compares: 2015-12-05 weights, one of two resizes.
 
 A feature network maps uint8 images to (features, logits); digits_classifier.py is the other one.
 """
@@ -116,8 +116,9 @@ class Inception(nn.Module):
     name, dimensions, classes, sha256 = "inception-2015-12-05", 2048, 1008, None
     metric, knows_classes = "FID", False
 
-    def __init__(self):
+    def __init__(self, resize="tf1"):
         super().__init__()
+        self.resize = RESIZES[resize]
         self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)  # 299 -> 149
         self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, padding=0)
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)  # 147, then pooled to 73
@@ -155,9 +156,7 @@ class Inception(nn.Module):
             return in_chunks(self._chunk, images.to(device), chunk)
 
     def _chunk(self, images):
-        dtype = self.fc.weight.dtype
-        vertical, horizontal = (resize_matrix(n).to(images.device, dtype) for n in images.shape[2:])
-        x = vertical @ images.to(dtype) @ horizontal.T  # [B,C,299,299]
+        x = self.resize(images.to(self.fc.weight.dtype))  # [B,C,299,299]
         x = ((x - 128) / 128).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
@@ -176,6 +175,28 @@ def resize_matrix(size, target=299):
     above = (below + 1).clamp(max=size - 1)
     share = (position - below)[:, None]
     return (1 - share) * F.one_hot(below, size) + share * F.one_hot(above, size)
+
+
+@cache
+def bicubic_matrix(size, target=299):
+    """[target,size]: Pillow's bicubic resize, whose kernel widens where it makes images smaller."""
+    scale = size / target
+    centre = (torch.arange(target, dtype=torch.float64)[:, None] + 0.5) * scale
+    d = (torch.arange(size, dtype=torch.float64) + 0.5 - centre).abs() / max(scale, 1)
+    near, far = 1.5 * d ** 3 - 2.5 * d ** 2 + 1, -0.5 * d ** 3 + 2.5 * d ** 2 - 4 * d + 2
+    weights = torch.where(d < 1, near, torch.where(d < 2, far, 0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def along_both(matrix, images):
+    vertical, horizontal = (matrix(n).to(images) for n in images.shape[2:])
+    return vertical @ images @ horizontal.T
+
+
+# Float [B,C,H,W] in 0..255 -> [B,C,299,299]: EDM's, and clean-fid's (arXiv:2104.11222), which does
+# not round to whole levels.
+RESIZES = {"tf1": lambda images: along_both(resize_matrix, images),
+           "clean": lambda images: along_both(bicubic_matrix, images).clip(0, 255)}
 
 
 @contextmanager
@@ -234,10 +255,10 @@ def load_strictly(network, weights, source):
         raise UserError(f"{source}: not the weights of {network.name} ({reason})") from None
 
 
-def load_inception(cache=None, device="cpu", weights=None):
+def load_inception(cache=None, device="cpu", weights=None, resize="tf1"):
     """The published network, frozen and folded."""
     path = weights or fetch("inception-2015-12-05", cache)
-    network = Inception()
+    network = Inception(resize)
     load_strictly(network, read_weights(path), path)
     network.sha256 = file_digest(path)
     return network.fold().to(device)

@@ -14,7 +14,8 @@ from base.files import ROOT, file_digest, shown
 from base.progress import progress
 from fid import (FeatureStatistics, InceptionScore, all_reduce, frechet_distance, precision_recall,
                  read_reference)
-from images.from_seeds import every_step, heun, sample_block, seed_blocks
+from images.captioned import squares
+from images.from_seeds import choose_classes, every_step, heun, sample_block, seed_blocks
 from metrics.digits_classifier import load_digits_network
 from metrics.inception import load_inception
 from metrics.lpips import load_lpips
@@ -23,13 +24,17 @@ from presets import DATASETS
 MANIFOLD = 10_000               # images of each kind that precision and recall hold in memory
 NEIGHBOURS = 3
 HEUN_STEPS = 18                 # of a teacher in training: 35 evaluations
+TEXT_SIDE = 256                 # to which DMD, DMD2 and PMDD bring Stable Diffusion's pictures
 
 
-def feature_network(dataset, cache=None, device="cpu", weights=None):
+def feature_network(dataset, cache=None, device="cpu", weights=None, resize="tf1"):
     """The network whose features score this dataset; `weights` is Inception's file, put by hand."""
-    if dataset == "digits":
-        return load_digits_network(device=device)
-    return load_inception(cache, device, weights)
+    if dataset != "digits":
+        return load_inception(cache, device, weights, resize)
+    if resize != "tf1":
+        raise UserError("--side and --resize clean are for Inception; digits have a network of "
+                        "their own")
+    return load_digits_network(device=device)
 
 
 def perceptual_distance(dataset, cache, device, pipeline=None):
@@ -52,6 +57,12 @@ def dataset_of(shape, dataset, source):
     return "digits" if digits else dataset
 
 
+def made_by(side, resize, out=None):
+    return (f"; python fid.py --data PICTURES --side {side} --resize {resize} --out "
+            f"{out or 'FILE.npz'} makes one; COCO's pictures are val2014/*.jpg, of val2014.zip at "
+            "cocodataset.org")
+
+
 def has_reference(dataset):
     return dataset in DATASETS and bool(DATASETS[dataset].reference)
 
@@ -65,15 +76,27 @@ def find_reference(name, cache):
 class Judge:
     """Feature network, reference statistics and real features: what all images are held against."""
 
-    def __init__(self, dataset, device, *, reference=None, inception=None, cache=None):
-        self.device, self.real = device, None
+    def __init__(self, dataset, device, *, reference=None, inception=None, cache=None, side=None,
+                 resize=None):
+        """side: of the squares that are scored, of pictures from text; None: images as they are."""
+        resize = resize or ("clean" if side else "tf1")
+        self.device, self.real, self.clip, self.side = device, None, None, side
+        how = made_by(side, resize, reference) if side else ""
         if not (reference or has_reference(dataset)):
-            raise UserError("no reference is known for these images: give --dataset or --reference")
+            raise UserError("no reference is known for these images: give "
+                            + ("" if side else "--dataset or ") + "--reference" + how)
         self.path = reference or find_reference(DATASETS[dataset].reference, cache)
         if not Path(self.path).is_file():
-            raise UserError(f"no reference at {self.path}")
-        self.network = from_rank_zero(lambda: feature_network(dataset, cache, device, inception))
-        self.reference = read_reference(self.path, self.network.dimensions)
+            raise UserError(f"no reference at {self.path}" + how)
+        self.network = from_rank_zero(
+            lambda: feature_network(dataset, cache, device, inception, resize))
+        self.made = {} if dataset == "digits" else {"resize": resize}
+        self.made |= {"side": side} if side else {}
+        self.reference = read_reference(self.path, self.network.dimensions, **self.made)
+
+    def compare_with_captions(self, clip, captions):
+        """Also the CLIP score: captions by the index that a task gives beside its images."""
+        self.clip, self.captions = clip, captions
 
     def compare_with(self, images, source):
         """Also precision and recall, against these real images."""
@@ -95,13 +118,19 @@ class Judge:
         """
         def features(block):
             images, classes = task(block)
-            return block, [self.network(x.to(self.device)) for x in images], classes
+            if self.side:
+                images = [squares(x, self.side) for x in images]
+            outputs = [self.network(x.to(self.device)) for x in images]
+            if self.clip:
+                cosines = self.clip(images, [self.captions[i] for i in classes.tolist()])
+                outputs = [(*output, one) for output, one in zip(outputs, cosines)]
+            return block, outputs, classes
 
         tallies = [Tally(self, n) for _ in range(lists)]
         mine = blocks[distributed.rank()::distributed.world_size()]
         for block, outputs, classes in distributed.in_parallel(features, mine, self.device):
             for tally, output in zip(tallies, outputs):
-                tally.add(block[0] - blocks[0][0], *output, classes)
+                tally.add(block[0] - blocks[0][0], classes, *output)
             if bar is not None:
                 bar.update(len(block) * distributed.world_size())
         return [tally.scores() for tally in tallies]
@@ -109,6 +138,9 @@ class Judge:
     def protocol(self):
         about = {"reference": {"file": shown(self.path), "sha256": file_digest(self.path)},
                  "features": {"network": self.network.name, "sha256": self.network.sha256}}
+        about |= self.made
+        if self.clip:
+            about["clip_score"] = {"model": self.clip.name, "sha256": self.clip.sha256}
         if self.real is not None:
             about["precision_recall"] = (f"k = {NEIGHBOURS}, first {MANIFOLD} images, real: "
                                          f"{self.real_source}")
@@ -122,17 +154,20 @@ class Tally:
         self.judge, self.n = judge, n
         self.statistics = FeatureStatistics(judge.network.dimensions, judge.device)
         self.right = torch.zeros(2, dtype=torch.float64, device=judge.device)   # of how many
+        self.cosines = torch.zeros((), dtype=torch.float64, device=judge.device)
         self.inception_score = None
         if n >= 10 and not judge.network.knows_classes:
             self.inception_score = InceptionScore(n, device=judge.device)
         self.kept = []
 
-    def add(self, first, features, logits, classes):
+    def add(self, first, classes, features, logits, cosines=None):
         """One block, whose first image is number `first` of the list."""
         self.statistics.add(features)
         if self.judge.network.knows_classes and classes is not None:
             hits = logits.argmax(1) == classes.to(logits.device)
             self.right += torch.stack([hits.sum(), torch.tensor(len(hits), device=hits.device)])
+        if cosines is not None:
+            self.cosines += cosines.double().sum()
         if self.inception_score:
             indices = torch.arange(first, first + len(logits))
             self.inception_score.add(indices, logits - self.judge.network.logit_bias)
@@ -142,11 +177,13 @@ class Tally:
     def scores(self):
         """On every rank, of the images of all ranks; precision and recall on rank 0 only."""
         self.statistics.all_reduce()
-        all_reduce([self.right])
+        all_reduce([self.right, self.cosines])
         statistics = self.statistics.mean(), self.statistics.covariance()
         scores = {self.judge.network.metric: frechet_distance(*statistics, *self.judge.reference)}
         if self.right[1]:
             scores["right_class"] = (self.right[0] / self.right[1]).item()
+        if self.judge.clip:
+            scores["clip_score"] = (self.cosines / self.statistics.n).item()
         if self.inception_score:
             self.inception_score.all_reduce()
             scores["inception_score"] = self.inception_score.value()[0]
@@ -170,12 +207,16 @@ class Scorer:
         self.images, self.device, self.judge = config.evaluate_images, device, None
         if not config.evaluate_every:
             return
+        text = "unet" in options.network
         if not (options.reference or has_reference(config.dataset)):
+            how = made_by(TEXT_SIDE, "clean") if text else ""
             say(f"no FID: no reference of {config.dataset} is known (--reference); best.pt is the "
-                "newest")
+                f"newest{how}")
             return
+        self.labels = "balanced" if text else "random"          # with text the prompts in order
         self.judge = Judge(config.dataset, device, reference=options.reference,
-                           inception=options.inception, cache=options.cache)
+                           inception=options.inception, cache=options.cache,
+                           side=TEXT_SIDE if text else None)
 
     @torch.no_grad()
     def score(self, network, sigmas):
@@ -186,7 +227,8 @@ class Scorer:
             keys, sampler = ["heun"], heun(HEUN_STEPS)
 
         def task(seeds):
-            return sample_block(network, seeds, sampler, None, self.device)
+            asked = choose_classes(self.labels, seeds, network.conditions.count)
+            return sample_block(network, seeds, sampler, asked, self.device)
 
         blocks = seed_blocks(range(self.images), network, self.device)
         return dict(zip(keys, self.judge.scores(task, blocks, len(keys), self.images)))

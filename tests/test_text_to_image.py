@@ -66,8 +66,13 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def y_parts(network, tokens=77):
+    """Text, SDXL's pooled vector, its sizes."""
+    return [tokens * network.text_width, *network.y_rest]
+
+
 def some_y(network, batch, seed=1):
-    return normal(batch, sum(network.y_parts), seed=seed)
+    return normal(batch, sum(y_parts(network)), seed=seed)
 
 
 def abar():
@@ -83,7 +88,7 @@ def sigmas_of(network, timesteps=STEPS):
 
 def test_levels_are_stable_diffusions_and_fractions_of_them_interpolate(folders):
     network = load_teacher(folders["sd"])
-    table, at, first_scale = network.levels
+    table, at, first_scale, trained = network.levels
     assert torch.allclose(table, ((1 - abar()) / abar()).sqrt(), rtol=1e-12, atol=0)
     published = {0: 0.02917, 20: 0.13799, 249: 0.69320, 499: 1.61289, 980: 13.04308, 999: 14.61464}
     assert all(abs(table[t] - sigma) < 6e-6 for t, sigma in published.items())
@@ -92,6 +97,10 @@ def test_levels_are_stable_diffusions_and_fractions_of_them_interpolate(folders)
     assert math.isclose(at(499.25 / 999), table[499] ** .75 * table[500] ** .25, rel_tol=1e-12)
     between = at(torch.linspace(0, 1, 5001, dtype=torch.float64))
     assert (between.diff() > 0).all() and first_scale(3.0) == math.sqrt(10)
+    drawn = trained(network.levels, 4000, torch.Generator().manual_seed(0)).flatten().sort()[0]
+    assert set(drawn.tolist()) <= set(table.float().tolist())       # uniform over the timesteps
+    timesteps = network.timestep(drawn.double())
+    assert (timesteps / 999 - torch.linspace(0, 1, 4000)).abs().max() < 0.03
     # Uniform timesteps as DMD draws them, 2 % to 98 %, are timesteps again.
     assert torch.equal(network.timestep(table), torch.arange(1000))
     assert torch.equal(network.timestep((table[1:] * 0.51 + table[:-1] * 0.49).float()),
@@ -119,13 +128,13 @@ def test_d_is_the_posterior_mean_of_gaussian_latents_at_every_level(folders, nam
     network.unet = GaussianUNet(0.3, 0.7, predicts_v=name == "sd-v")
     sigma = network.levels.table.reshape(-1, 1, 1, 1)
     x_t = 0.3 + (0.7 ** 2 + sigma ** 2).sqrt() * normal(1000, 1, 4, 4)
-    found = network(x_t, sigma, torch.zeros(1, sum(network.y_parts)))
+    found = network(x_t, sigma, torch.zeros(1, sum(y_parts(network))))
     assert (found - gaussian_denoiser(0.3, 0.7)(x_t, sigma)).abs().max() < 1e-6
 
 
 def predicted(network, x_t, t, y):
     """What the U-Net says, asked as its documentation asks it."""
-    text, pooled, sizes = y.split(network.y_parts, 1)
+    text, pooled, sizes = y.split(y_parts(network), 1)
     c = abar()[t].sqrt().reshape(-1, 1, 1, 1)
     return network.unet(c * x_t, t, text.reshape(len(y), 77, -1), added_cond_kwargs={
         "text_embeds": pooled, "time_ids": sizes}).sample
@@ -238,15 +247,15 @@ PUBLISHED = {
                  addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)}
 
 
-@pytest.mark.parametrize("name, count, y_parts, shape, resolution", [
+@pytest.mark.parametrize("name, count, parts, shape, resolution", [
     ("SD 1.5", 859_520_964, [77 * 768, 0, 0], (4, 64, 64), 8),
     ("SDXL", 2_567_463_684, [77 * 2048, 1280, 6], (4, 128, 128), 32)])
-def test_the_published_networks_have_their_shapes(folders, name, count, y_parts, shape, resolution):
+def test_the_published_networks_have_their_shapes(folders, name, count, parts, shape, resolution):
     config = load_teacher(folders["sd"]).config | {"unet": PUBLISHED[name]}
     network = build(config)                                 # without weights, and without memory
     assert sum(p.numel() for p in network.parameters()) == count
-    assert (network.y_parts, network.shape) == (y_parts, shape)
-    x_t, y = (torch.empty(2, *size, device="meta") for size in (shape, [sum(y_parts)]))
+    assert (y_parts(network), network.shape) == (parts, shape)
+    x_t, y = (torch.empty(2, *size, device="meta") for size in (shape, [sum(parts)]))
     sigma = torch.empty(2, 1, 1, 1, device="meta")
     assert network(x_t, sigma, y).shape == x_t.shape
     assert network(x_t, sigma, y, output="encoder").shape == (
@@ -273,7 +282,7 @@ def test_a_prompts_y_is_bit_for_bit_what_diffusers_embeds(folders, architecture,
     assert torch.equal(conditions.null, expected) and conditions.count == 10
     assert torch.equal(conditions.embed(torch.tensor([3, 1])), ours.embed([PROMPTS[3], PROMPTS[1]]))
     assert not y.requires_grad and len(y.unique(dim=0)) == 10
-    assert y.shape[1] == sum(load_teacher(folders[architecture]).y_parts)
+    assert y.shape[1] == sum(y_parts(load_teacher(folders[architecture])))
 
 
 def test_a_long_prompt_is_cut_and_that_is_said_once(folders, capsys):
@@ -460,7 +469,7 @@ def test_the_export_command_takes_a_checkpoint(folders, tmp_path):
     network = load_teacher(folders["sd"])
     checkpoint.save(tmp_path / "best.pt", {
         "dataset": "sd15", "method": "pmdd", "stage": 3, "sigmas": sigmas_of(network),
-        "network": network.config | {"pipeline": str(folders["sd"])}, "ema": network.state_dict()})
+        "network": network.config, "pipeline": str(folders["sd"]), "ema": network.state_dict()})
 
     def command(*arguments):
         return subprocess.run([sys.executable, ROOT / "text_to_image.py", *arguments], text=True,

@@ -203,8 +203,9 @@ def totals(config, counted):
         found["images through the discriminator and back"] = images("logits", "input", "weights")
     return found | {
         "images forward through a network to score": scored * len(config.sigmas),
-        "images forward through the teacher for pairs": config.regression_pairs * (
-            2 * config.regression_steps - 1) if config.regression_weight else 0}
+        "images forward through the teacher for pairs": bool(config.regression_weight)
+        * config.regression_pairs * (2 * config.regression_steps - 1)
+        * (1 if config.guidance == 1 else 2)}
 
 
 # ---- Memory ----
@@ -310,9 +311,10 @@ def report(iterate, stage):
     sizes = memory(iterate, config, network, options.batch_per_gpu, options.world_size,
                    options.precision)
     total = math.fsum(sizes.values())
+    counted = count(iterate, config, network)
     lines = [f"  {name}: {value}" for name, value in vars(config).items()]
-    lines += [f"{name}: {value:,}"
-              for name, value in totals(config, count(iterate, config, network)).items()]
+    lines += [f"{name}: {value:,}" for name, value in totals(config, counted).items()]
+    lines += [f"FLOPs of all iterations: {counted.flops * config.batch:.3g}"]
     lines += [f"processes: {options.world_size}, each {parts} part(s) of {options.batch_per_gpu} "
               "images an iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]

@@ -9,8 +9,7 @@ import torch
 
 from base import distributed
 from images.augment import apply_augmentation, draw_augmentation
-from models import Conditions, Levels, sigma_grid, sigma_trained
-from presets import LOSSES
+from models import LOSSES, Conditions, Levels, sigma_grid, sigma_trained
 
 
 class Sources(NamedTuple):

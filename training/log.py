@@ -7,22 +7,29 @@ import time
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from base import distributed
 from base.errors import INTERRUPTING, RunFailed
 from base.progress import progress
 from images.pictures import draw_curves, grid, save_png
 from metrics.judge import HEUN_STEPS
-from models import sample_heun, sample_seeds, sample_student
+from models import level, sample_every_step, sample_heun, sample_seeds, sample_student
 from training.roles import payload
 from training.run_folder import Metrics, kept, read_metrics, write_config
 from weights.checkpoint import save, save_latest
+from weights.opening import steps_text
 
 LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
+SHOWN_PROMPTS, SHOWN_SIZE = 4, 256      # of text to image: rows, and pixels of a picture
 
 
-def save_samples(network, sigmas, path, device, columns=8):
+def save_samples(roles, sigmas, path, device, columns=8):
     """The same noise every time: a row for each of ten classes, or of ten seeds without classes."""
+    path.parent.mkdir(exist_ok=True)
+    if of_text(roles):
+        return save_prompted(roles, sigmas, path, device)
+    network = roles.ema
     sampler, asked = partial(sample_heun, steps=HEUN_STEPS), None
     if sigmas:
         sampler = partial(sample_student, sigmas=sigmas)
@@ -31,7 +38,6 @@ def save_samples(network, sigmas, path, device, columns=8):
         asked = torch.linspace(0, count - 1, min(10, count)).long().repeat_interleave(columns)
     seeds = range(len(asked) if count else 10 * columns)
     images, _ = sample_seeds(network, seeds, sampler, asked, device)
-    path.parent.mkdir(exist_ok=True)
     save_png(grid(network.pixels(images).cpu(), columns), path)
 
 
@@ -40,6 +46,29 @@ def after_divergence(folder):
         return f"{kept(folder)}; go on from it with --force and a lower --learning-rate"
     return (f"{kept(folder)}: the teacher or the images may not be finite, or --learning-rate is "
             "too high")
+
+
+def of_text(roles):
+    return roles.opened and roles.opened.base
+
+
+@torch.no_grad()
+def save_prompted(roles, sigmas, path, device):
+    """A row for each of the first prompts: the student at 1..n steps of the same noise, then what
+    dm compares: its image, noised to the middle of the levels, as both denoisers see it."""
+    def sampler(student, z, y, noise):
+        images = sample_every_step(student, z, y, noise, sigmas=sigmas)
+        middle = level(student.levels.at(0.5), z)
+        x_t = images[-1] + middle * noise()
+        return images + [D(x_t, middle, y) for D in (roles.teacher, roles.adapted)]
+
+    prompts = roles.opened.pipeline.prompts[:SHOWN_PROMPTS]
+    images, _ = sample_seeds(roles.ema, range(len(prompts)), sampler, range(len(prompts)), device)
+    pixels = torch.stack([roles.ema.pixels(x) for x in images], 1).flatten(0, 1)
+    small = F.adaptive_avg_pool2d(pixels.float(), min(pixels.shape[-1], SHOWN_SIZE)).byte().cpu()
+    save_png(grid(small, len(images), scale=max(1, 128 // small.shape[-1]), row_labels=prompts,
+                  column_labels=[*(steps_text(k + 1) for k in range(len(sigmas))),
+                                 "x0_teacher", "x0_adapted"]), path)
 
 
 class StopSignal:
@@ -180,7 +209,8 @@ class Log:
                 self.metrics.write(iteration=done - 1, **flat)
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
-                save_samples(roles.ema, self.config.sigmas,
+            if scores or of_text(roles):
+                save_samples(roles, self.config.sigmas,
                              self.folder / "samples" / f"{done:06d}.png", self.device)
                 self.show(refresh=False)
             save_latest(self.folder, latest)            # last: what it knows of is on the disk
@@ -198,4 +228,19 @@ class Log:
         self.bar.close()
         if self.writes:
             draw_curves(read_metrics(self.metrics.path), self.folder / "curves.png")
+            print(self.summary(), flush=True)
         return 0
+
+    def summary(self):
+        """What the run came to, and how to look at it."""
+        own = f"@{self.config.stage or 'heun'}"
+        scored = [(value, line["iteration"] + 1, name) for line in read_metrics(self.metrics.path)
+                  for name, value in line.items() if "FID" in name and name.endswith(own)]
+        best = self.folder / "best.pt"
+        if not scored:
+            told = f"done; the newest weights: {best}"
+        else:
+            value, iteration, name = min(scored)
+            told = f"done; best {name} {value:.4g}, after {iteration:,} iterations: {best}"
+        how = f"--steps {self.config.stage}" if self.config.stage else "--teacher"
+        return f"{told}\nlook at it: python sample.py --checkpoint {best} {how}"

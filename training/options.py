@@ -189,6 +189,9 @@ def options(args, config, subject):
     if per_gpu < 0 or share % per_gpu:
         raise UserError(f"--batch-per-gpu {per_gpu} does not divide the {share} images of a "
                         "process; allowed: divisors of that number, 0 for all")
+    if args.prompts and "unet" not in subject.network:
+        raise UserError(f"--prompts: {config.dataset} has no text; it is for text to image, such "
+                        "as --dataset sd15")
     name = f"{config.dataset}-{config.method}" + (f"-{args.variant}" if args.variant else "")
     folder = Path(args.folder or Path("runs") / name) / f"stage{config.stage}"
     return Options(folder, args.data or config.dataset, args.reference, args.inception,

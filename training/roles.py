@@ -43,6 +43,17 @@ def load_teacher(config, options):
     return opened
 
 
+def check_teacher(config, teacher):
+    """Refuse what cannot be asked of this teacher."""
+    low, high = teacher.levels.table[[0, -1]].tolist()
+    beyond = [s for s in config.sigmas if not low * 0.999 <= s <= high * 1.001]
+    if beyond:
+        raise UserError(f"--sigmas {beyond[0]:g}: the teacher knows the noise levels from "
+                        f"{low:.4g} to {high:.4g}")
+    if config.guidance != 1 and not teacher.conditions.count:
+        raise UserError(f"--guidance {config.guidance:g}: this teacher has no classes or prompts")
+
+
 def starting_point(config, options, teacher):
     """The checkpoint that a later stage starts from, or None for the teacher."""
     path = Path(config.start_from) if config.start_from else None
@@ -104,6 +115,7 @@ def load_roles(config, options, device):
         teacher = opened.network
         if opened.base:
             opened.serve(prompts_of(options), device)
+        check_teacher(config, teacher)
         made_from = {"teacher": checkpoint.weights_digest(teacher.state_dict())}
         begin = starting_point(config, options, teacher)
         if begin:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from base import errors
 from base.distributed import from_rank_zero, say
 from base.download import PUBLISHED, cache_folder
 from base.errors import UserError
-from base.files import ROOT, shown
+from base.files import ROOT, file_digest, shown
+from models import Guided
 from presets import DATASETS
 from text_to_image import Pipeline, load_teacher as load_pipeline_network
 from weights import checkpoint
@@ -19,6 +21,7 @@ from weights.exported import load_exported
 from weights.pretrained import PUBLISHED_NETWORKS, load_network
 
 LARGEST_NUMBER = 10 ** 8         # of images in one command
+TEXT_GUIDANCE = 3.0             # of a text-to-image teacher, as DMD has it
 SEEDS = 2 ** 32                  # torch's generator on a CPU looks at no more bits of a seed
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
 
@@ -34,10 +37,36 @@ class Opened:
     teacher: str = ""           # what a student was made from, where its file says
     base: str = ""              # name of the pipeline around a text-to-image network,
     pipeline: Pipeline | None = None    # and itself, once it is needed
+    guidance: float = 1.0       # of a teacher; students have it in their weights
 
     @property
     def name(self):
         return shown(self.path)
+
+    def digest(self):
+        """sha256 of its file; of a folder or a name on the hub, of the weights."""
+        if self.path.is_file():
+            return file_digest(self.path)
+        network = self.network.network if isinstance(self.network, Guided) else self.network
+        return checkpoint.weights_digest(network.state_dict())
+
+    def ask(self, prompts, flags, device):
+        """Prompts for a text-to-image network, and for no other."""
+        if self.base and not prompts:
+            raise UserError(f"{self.name} makes pictures from text: give {flags}")
+        if prompts and not self.base:
+            raise UserError(f"{flags}: {self.name} is no text-to-image network")
+        if self.base:
+            self.serve(prompts, device)
+
+    def guide(self, weight):
+        """A teacher's classifier-free guidance; None: what text to image has, else none."""
+        if weight is None:
+            weight = TEXT_GUIDANCE if self.base else 1
+        if weight != 1 and not self.sigmas:
+            if self.network.conditions.null is None:
+                raise UserError("--guidance: this network has no classes or prompts")
+            self.network, self.guidance = Guided(self.network, weight), weight
 
     def serve(self, prompts, device):
         """A text-to-image network with its pipeline, asked for these prompts."""
@@ -100,9 +129,15 @@ def open_text(source, dataset):
     known = next((name for name, one in DATASETS.items() if one.teacher == str(source)), dataset)
     named = not path.exists() and known in DATASETS and "unet" in DATASETS[known].network
     if named or (path / "model_index.json").is_file():
-        return Opened(load_pipeline_network(str(source)), (), known, path, False,
-                      base=str(source))
+        return open_pipeline(source, known)
     return None
+
+
+def open_pipeline(source, dataset):
+    """A teacher of text to image; its folder is known from wherever a student of it is sampled."""
+    path = Path(source)
+    base = str(path.resolve() if path.is_dir() else source)
+    return Opened(load_pipeline_network(source), (), dataset, path, False, base=base)
 
 
 def read_ours(source):
@@ -164,22 +199,29 @@ def open_student(args, steps=0):
 
 
 def open_teacher(args, student=None):
-    """--teacher FILE; else the teacher of the student's dataset, or without one --checkpoint."""
+    """--teacher FILE; else the student's own, or without a student --checkpoint."""
     source = args.teacher if isinstance(args.teacher, str) else None
-    if student and not source and Path(student.teacher).is_file():
-        source = student.teacher
-    if student and not source:
-        if not student.dataset:
-            raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
-                            "FILE")
-        source = default_teacher(student.dataset, student.network.conditions.count)
-    source = source or args.checkpoint or default_teacher(args.dataset or "digits")
-    opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
+    if student and student.base and not source:
+        opened = open_pipeline(student.base, student.dataset)
+    else:
+        source = source or (teacher_of(student) if student else args.checkpoint)
+        source = source or default_teacher(args.dataset or "digits")
+        opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
     if opened.sigmas:
         raise UserError(f"{opened.name} is a student of {len(opened.sigmas)} steps, not a teacher; "
                         "it takes --steps")
     say(f"{opened.name} (teacher)")
     return opened
+
+
+def teacher_of(student):
+    """The file that a student says it was made from, else the teacher of its data set."""
+    if Path(student.teacher).is_file():
+        return student.teacher
+    if not student.dataset:
+        raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
+                        "FILE")
+    return default_teacher(student.dataset, student.network.conditions.count)
 
 
 def steps_text(n):
@@ -207,6 +249,9 @@ class Parser(errors.Parser):
         what.add_argument("--sigmas", type=float, nargs="+", metavar="S",
                           help="noise level of each step, for a published student (default: 2.5 "
                                "for a .pkl, as SiD's; 80 for a .bin, as DMD2's)")
+        what.add_argument("--guidance", type=float, metavar="W",
+                          help="classifier-free guidance of a teacher (default: 3 with prompts, "
+                               "or 1)")
         what.add_argument("--dataset", metavar="NAME",
                           help="choose the run, the teacher and the reference by it: "
                                f"{', '.join(DATASETS)}, or that of a run of your own")
@@ -231,6 +276,11 @@ def check_sigmas(sigmas):
     if sigmas and not all(a > b > 0 for a, b in zip([float("inf"), *sigmas], sigmas)):
         raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: must fall from step to step and "
                         "stay above 0")
+
+
+def check_guidance(weight):
+    if weight is not None and not 0 <= weight < math.inf:
+        raise UserError(f"--guidance {weight}: must be 0 or more")
 
 
 def churn_options(values):
