@@ -326,8 +326,8 @@ def out_path(args, job):
     return path
 
 
-def main():
-    args = parse()
+def main(argv=None):
+    args = parse(argv)
     if args.table:
         print(table(records_under(args.table)))
         return 0

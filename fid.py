@@ -236,11 +236,13 @@ def squared_distances(a, b):
 # ---- Command line ----
 
 
-def main():
+def main(argv=None):
     parser = Parser(prog="fid.py", description="Make reference statistics of a set of images.")
     parser.add_argument("--data", required=True,
                         help="digits, cifar10 (downloaded), an archive, folder or zip")
     parser.add_argument("--out", required=True, help="the npz to write: mu and sigma")
+    parser.add_argument("--dataset", help="whose they are: 8x8 grey images of another name than "
+                                          "digits are scored by Inception")
     parser.add_argument("--side", type=int, help="pictures of any size: their middle squares, by "
                                                  "Lanczos to so many pixels a side")
     parser.add_argument("--resize", choices=("tf1", "clean"),
@@ -252,7 +254,7 @@ def main():
     parser.add_argument("--cache", help="folder of downloaded weights")
     parser.add_argument("--inception", help="file with the Inception weights (default: downloaded)")
     parser.add_argument("--force", action="store_true", help="replace --out if it exists")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if Path(args.out).suffix != ".npz" or Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: must be the name of an .npz file")
     if Path(args.out).exists() and not args.force:
@@ -270,7 +272,7 @@ def main():
     check_side(args.side)
     images = (open_pictures(args.data, args.side) if args.side else
               open_images(args.data, args.cache))
-    dataset = dataset_of(images.shape, None, args.data)
+    dataset = dataset_of(images.shape, args.dataset, args.data)
     resize = args.resize or ("clean" if args.side else "tf1")
     network = feature_network(dataset, args.cache, args.device, args.inception, resize)
     made = {} if dataset == "digits" else {"resize": resize, "side": images.shape[-1]}

@@ -86,7 +86,7 @@ class Config:
     trained_step: str = option("last", "step that an iteration trains: the last (PMDD), or one "
                                        "drawn at random (DMD2 with several)", ("last", "random"))
     loss: str = option("sid", "student loss; none leaves only the extra terms",
-                       tuple(LOSSES))
+                       LOSSES)                          # the table itself: it may grow
     alpha: float = option(1.2, "alpha of the sid loss")
     dm_weighting: str = option("eq8", "weight of dm's gradient: eq8 is 1 / mean |x0 - teacher|, "
                                       "the others are of DMD Table 2", ("eq8", "sigma", "sigma3"))

@@ -50,8 +50,8 @@ def parse(argv=None):
                            "--n for its own")
     what.add_argument("--seeds", help="their seeds instead, one an image: 0-63 or 1,5,7-9")
     labels = what.add_mutually_exclusive_group()
-    labels.add_argument("--class", type=int, dest="label", metavar="C",
-                        help="one class for all images")
+    labels.add_argument("--class", dest="label", metavar="C",
+                        help="one class for all images: its number, or its name")
     labels.add_argument("--labels", choices=("random", "balanced"),
                         help="random: drawn from each seed, as EDM; balanced: seed modulo classes "
                              "(default: balanced for a picture of at most 20 classes, else random)")
@@ -238,9 +238,19 @@ def class_name(names, number):
     return names[number] if number < len(names) else str(number)
 
 
-def choose_labels(args, network):
+def class_number(asked, names, classes):
+    """Of a class by its number, as text, or by its name."""
+    if asked in names and not asked.isdecimal():
+        return names.index(asked)
+    if not asked.isdecimal() or int(asked) >= classes:
+        named = f", or {', '.join(names)[:300]}" if names else ""
+        raise UserError(f"--class {asked}: allowed: 0 to {classes - 1}{named}")
+    return int(asked)
+
+
+def choose_labels(args, opened):
     """ "random", "balanced", or one class; with prompts nothing."""
-    classes = network.conditions.count
+    classes = opened.network.conditions.count
     if args.all_prompts:
         return None
     if classes == 0:
@@ -248,8 +258,7 @@ def choose_labels(args, network):
             raise UserError("--class and --labels: this network has no classes")
         return "random"
     if args.label is not None:
-        if not 0 <= args.label < classes:
-            raise UserError(f"--class {args.label}: allowed: 0 to {classes - 1}")
+        args.label = class_number(args.label, opened.class_names, classes)
         return args.label
     by_class = args.kind == "png" and classes <= 20
     return args.labels or ("balanced" if by_class else "random")
@@ -302,7 +311,7 @@ def main(argv=None):
     rows = open_rows(args)
     for row in rows:
         row.opened.ask(args.all_prompts, "--prompt or --prompts", device)
-    labels = choose_labels(args, rows[0].opened.network)
+    labels = choose_labels(args, rows[0].opened)
     if args.guidance is not None and all(row.opened.sigmas for row in rows):
         raise UserError("--guidance is for a teacher; a student has what it learnt in its weights")
     for row in rows:

@@ -22,10 +22,10 @@ from base import distributed
 from base.devices import set_precision
 from base.distributed import say, sync_gradients
 from base.errors import RunFailed, UserError, run
-from images.real import check_fits, open_images
+from images.real import check_every_image, check_fits, open_images
 from losses import (denoising_loss, edm_loss, gan_adapted_loss, gan_student_loss, regression_loss,
                     unforget_loss)
-from metrics.judge import Scorer, perceptual_distance
+from metrics.judge import Scorer, perceptual_distance, tell_of_no_reference
 from models import LOSSES, denoise_together, level, roll_out, update_ema
 from training.cost import report
 from training.draws import Sources, cut, draw
@@ -191,6 +191,8 @@ def open_real(options, roles, network, device, stop):
                           device, stop)
     images = open_images(options.data, options.cache)
     check_fits(images, network)
+    if distributed.rank() == 0 and not any(options.folder.glob("*.pt")):
+        check_every_image(images)
     return images
 
 
@@ -257,6 +259,7 @@ def main(argv=None):
             print(report(iteration_of(stage.config), stage))
         return 0
     device, stop, code = distributed.start(stages[0].options.device), StopSignal(), 0
+    tell_of_no_reference(stages[0].config, stages[0].options)
     try:
         for stage in stages:
             describe(stage)

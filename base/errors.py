@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 # Asked to stop: by a user, by a batch system before its time limit, by a terminal that is closed.
 INTERRUPTING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)     # not the user's mistake
-FULL = ("DefaultCPUAllocator", "Storage size calculation overflowed")
+BEYOND = "Storage size calculation overflowed"      # torch, of more bytes than it can count
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "imed out", "imeout")
 
 
@@ -45,7 +45,7 @@ def lost_another(error):
 def out_of_memory(error):
     """Python's and numpy's, torch's of a GPU, torch's of the host, which is no class of its own."""
     return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or isinstance(error, RuntimeError) and any(words in str(error) for words in FULL))
+            or isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
 def explained(error):
@@ -54,7 +54,7 @@ def explained(error):
         rank = os.environ.get("RANK", "0")                  # it may be only this process's
         who = "error" if rank == "0" else f"error in process {rank}"
         return 2 if isinstance(error, UserError) else 1, f"{who}: {error}"
-    if out_of_memory(error):
+    if out_of_memory(error) or BEYOND in str(error):
         whose = "the GPU's memory" if type(error).__name__ == "OutOfMemoryError" else "the memory"
         return 1, (f"error: {whose} is full; in training a smaller --batch-per-gpu needs less, or "
                    "a smaller --batch, and --dry-run says how much")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from base import distributed
 from edm_networks import EDMPrecond
-from presets import CIFAR10, DATASETS, Config, Preset
+from presets import CIFAR10, Config, Preset
 from training.options import Options
 from weights import checkpoint
 
@@ -30,7 +30,7 @@ class Job:
 def make_job(folder, width, stage, device):
     """The stage as a run that begins with files of random weights, and never evaluates."""
     preset, config, options = stage
-    network = DATASETS[config.dataset].network | ({"model_channels": width} if width else {})
+    network = options.network | ({"model_channels": width} if width else {})
     if config.teacher == CIFAR10.unconditional:
         network = network | {"label_dim": 0}
     (folder / "run").mkdir(exist_ok=True)
@@ -65,7 +65,8 @@ def random_weights(network, seed):
 def write_images(path, dataset, network, count=256):
     """CIFAR-10's archive, or a zip in EDM's layout."""
     size, rng = network["img_resolution"], np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    shape = (size, size, 3) if network["img_channels"] == 3 else (size, size)
+    pixels = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
     labels = rng.integers(0, network["label_dim"] or 10, count)
     if dataset == "cifar10":
         records = np.concatenate([labels[:, None].astype(np.uint8), pixels.reshape(count, -1)], 1)

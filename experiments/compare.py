@@ -17,6 +17,7 @@ from presets import DATASETS, Config
 from train import iteration_of
 from training.cost import count
 from training.run_folder import read_metrics
+from weights.checkpoint import load
 
 AXES = ("iterations", "images", "passes", "hours")
 
@@ -36,7 +37,7 @@ def read_run(folder):
     return config, lines
 
 
-def positions(config, lines, against):
+def positions(config, lines, against, folder):
     """Where each line stands on the axis."""
     iterations = [line["iteration"] + 1 for line in lines]
     if against == "iterations":
@@ -44,7 +45,8 @@ def positions(config, lines, against):
     if against == "images":
         return [n * config.batch for n in iterations]
     if against == "passes":
-        return [n * config.batch * passes_of_an_image(config) for n in iterations]
+        each = passes_of_an_image(config, folder)
+        return [n * config.batch * each for n in iterations]
     hours, spent, last = [], 0.0, 0
     for n, line in zip(iterations, lines):
         if "images_per_second" in line:
@@ -54,12 +56,11 @@ def positions(config, lines, against):
     return hours
 
 
-def passes_of_an_image(config):
+def passes_of_an_image(config, folder):
     """Forward passes, a backward one counted as two."""
-    if config.dataset not in DATASETS:
-        raise UserError(f"--against passes: the network of {config.dataset} is not known; allowed: "
-                        "iterations, images, hours")
-    passes = count(iteration_of(config), config, DATASETS[config.dataset].network).passes
+    known = DATASETS.get(config.dataset)
+    network = known.network if known else load(folder / "best.pt", needs=("network",))["network"]
+    passes = count(iteration_of(config), config, network).passes
     return sum(times * one.batches * (1 if one.gradient == "none" else 3)
                for one, times in passes.items()) / config.iterations
 
@@ -68,7 +69,7 @@ def draw(folders, against, path):
     runs = []
     for folder in folders:
         config, lines = read_run(folder)
-        runs.append((str(folder), positions(config, lines, against), lines))
+        runs.append((str(folder), positions(config, lines, against, Path(folder)), lines))
     names = sorted({n for _, _, lines in runs for line in lines for n in line if "@" in n})
     names += [name for name in CURVES if any(name in line for _, _, ls in runs for line in ls)]
     plt, rows = matplotlib_pyplot(), -(-len(names) // 3)

@@ -100,7 +100,7 @@ def export(source, out):
         raise UserError(f"cannot write {out}; wanted: an OUT.pt in a folder that can be written to")
     names = ("dataset", "method", "stage", "sigmas", "network", "iteration", "fid", "ema")
     payload = load(source, needs=names)
-    save(out, {name: payload[name] for name in names})
+    save(out, {name: payload[name] for name in (*names, "class_names") if name in payload})
 
 
 COMMANDS = {("digits", 0): make_digits, ("classifier", 0): make_classifier, ("export", 2): export}

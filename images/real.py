@@ -16,6 +16,7 @@ from PIL import Image
 from base.download import fetch
 from base.errors import UserError
 from base.files import ASSETS
+from base.progress import progress
 from models import from_uint8
 
 DIGITS = ASSETS / "digits.npz"
@@ -216,6 +217,12 @@ def listed(path, names, read_bytes):
 
 def slashed(name):
     return name.replace("\\", "/")
+
+
+def check_every_image(images):
+    """Each can be read and has the size of the first, before days of training meet one that not."""
+    for index in progress(range(len(images)), desc="checking the images", unit="image", delay=1):
+        images.read(index)
 
 
 def check_fits(images, network):

@@ -49,12 +49,12 @@ def perceptual_distance(dataset, cache, device, pipeline=None):
 
 
 def dataset_of(shape, dataset, source):
-    """The data set by whose features images are scored: 8x8 grey ones are digits."""
+    """The data set by whose features images are scored: 8x8 grey ones of no name are digits."""
     digits = tuple(shape) == (1, 8, 8)
     if dataset == "digits" and not digits:
         raise UserError(f"--dataset digits: {source} has images of shape {list(shape)}, digits are "
                         "[1, 8, 8]")
-    return "digits" if digits else dataset
+    return dataset or ("digits" if digits else None)
 
 
 def made_by(side, resize, out=None):
@@ -65,6 +65,19 @@ def made_by(side, resize, out=None):
 
 def has_reference(dataset):
     return dataset in DATASETS and bool(DATASETS[dataset].reference)
+
+
+def lacks_reference(config, options):
+    return not (options.reference or has_reference(config.dataset))
+
+
+def tell_of_no_reference(config, options):
+    """Once for all stages of a command."""
+    if config.evaluate_every and lacks_reference(config, options):
+        how = made_by(TEXT_SIDE, "clean") if "unet" in options.network else (
+            "; python fid.py --data IMAGES --out FILE.npz makes one")
+        say(f"no FID: no reference of {config.dataset} is known (--reference); best.pt is the "
+            f"newest{how}")
 
 
 def find_reference(name, cache):
@@ -205,14 +218,9 @@ class Scorer:
 
     def __init__(self, config, options, device):
         self.images, self.device, self.judge = config.evaluate_images, device, None
-        if not config.evaluate_every:
+        if not config.evaluate_every or lacks_reference(config, options):
             return
         text = "unet" in options.network
-        if not (options.reference or has_reference(config.dataset)):
-            how = made_by(TEXT_SIDE, "clean") if text else ""
-            say(f"no FID: no reference of {config.dataset} is known (--reference); best.pt is the "
-                f"newest{how}")
-            return
         self.labels = "balanced" if text else "random"          # with text the prompts in order
         self.judge = Judge(config.dataset, device, reference=options.reference,
                            inception=options.inception, cache=options.cache,

@@ -31,6 +31,8 @@ from weights.checkpoint import untrained
 HOLES, FIRST_USE = 0.15, 40 * 2 ** 20
 STATUS = Path("/proc/self/status")      # Linux alone has it
 TOKENS = 77                             # of a prompt, as CLIP has them
+TERAFLOPS = 40                          # a second of one GPU, at which hours are said; measured
+                                        # ones are experiments.bench's
 
 
 # ---- An iteration on the meta device: shapes alone, nothing is computed ----
@@ -302,6 +304,15 @@ def process_memory(tensors):
     return now and now + FIRST_USE + (1 + HOLES) * tensors
 
 
+def disk(config, sizes, shape):
+    """Most bytes of a run's folder by purpose, but for pictures."""
+    newest = sizes["trained weights"] + sizes["moving average"] + sizes["Adam states"]
+    found = {"checkpoints": 3 * newest + sizes["trained weights"]}      # a third while it is saved
+    if config.regression_weight:                        # z in float32, image in float16, class
+        found["noise-image pairs"] = config.regression_pairs * (6 * math.prod(shape) + 8)
+    return found
+
+
 # ---- What --dry-run prints ----
 
 def report(iterate, stage):
@@ -314,7 +325,13 @@ def report(iterate, stage):
     counted = count(iterate, config, network)
     lines = [f"  {name}: {value}" for name, value in vars(config).items()]
     lines += [f"{name}: {value:,}" for name, value in totals(config, counted).items()]
-    lines += [f"FLOPs of all iterations: {counted.flops * config.batch:.3g}"]
+    flops = counted.flops * config.batch
+    hours = flops / (TERAFLOPS * 1e12 * options.world_size) / 3600
+    lines += [f"parameters of the network: {sizes['moving average'] // 4:,}",
+              f"FLOPs of all iterations: {flops:.3g}; at {TERAFLOPS} TFLOP/s a GPU, without "
+              f"evaluations: {hours:.3g} hours"]
+    lines += [f"disk space, {name}: {size / 2**20:,.0f} MiB"
+              for name, size in disk(config, sizes, shapes_alone(network).shape).items()]
     lines += [f"processes: {options.world_size}, each {parts} part(s) of {options.batch_per_gpu} "
               "images an iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from base import distributed
 from base.errors import Parser, UserError
 from presets import Config, Preset, find
 from training.subject import subject_of
+from weights.checkpoint import untrained
 
 # What says nothing about a teacher in training.
 STUDENTS = ("teacher", "guidance", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
@@ -149,7 +152,7 @@ def check(config):
         require(getattr(config, name) >= 1, name, "whole numbers, at least 1")
     for name in ("unforget_weight", "gan_weight", "gan_adapted_weight", "regression_weight",
                  "regression_pairs", "weight_decay", "clip", "warm_up", "ema_halflife",
-                 "evaluate_every", "alpha", "guidance"):
+                 "ema_rampup", "evaluate_every", "alpha", "guidance"):
         require(0 <= getattr(config, name) < math.inf, name, "0 or more")
     require(0 <= config.seed < 1 << 63, "seed", "0 to 2^63 - 1, as torch's generators")
     require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")
@@ -160,6 +163,8 @@ def check(config):
             f"{config.stage} noise level{'s' * (config.stage != 1)}, one a step")
     require(all(a > b > 0 for a, b in zip((math.inf, *config.sigmas), config.sigmas)), "sigmas",
             "falling, above 0")
+    require(config.dropout == -1 or 0 <= config.dropout < 1, "dropout", "0 to below 1")
+    require(0 <= config.augment <= 1, "augment", "0 to 1")
     require(config.evaluate_images >= 2, "evaluate_images", "whole numbers, at least 2")
     if config.stage:
         require(config.loss != "none" or config.gan_weight or config.regression_weight, "loss",
@@ -175,8 +180,16 @@ def check(config):
 def architecture(config, network):
     """The data set's own, with the flags that were given."""
     fields = {f.name: f.default for f in dataclasses.fields(Config)}
-    return network | {name: list(value) if isinstance(value, tuple) else value
-                      for name in ARCHITECTURE if (value := getattr(config, name)) != fields[name]}
+    given = {name: list(value) if isinstance(value, tuple) else value
+             for name in ARCHITECTURE if (value := getattr(config, name)) != fields[name]}
+    if given:
+        try:
+            with torch.device("meta"):
+                untrained(network | given)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            flags = " ".join("--" + name.replace("_", "-") for name in given)
+            raise UserError(f"{flags}: no network of {config.dataset}'s images: {error}") from None
+    return network | given
 
 
 def options(args, config, subject):

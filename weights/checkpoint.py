@@ -80,7 +80,7 @@ def load(path, device="cpu", needs=()):
                                     "(its checksum does not match); use another copy")
         check_unpacked(path)
         payload = torch.load(path, map_location=device, weights_only=True)
-        ours = type(payload) is dict and bool(payload["format"] == FORMAT) and dense(payload)
+        ours = type(payload) is dict and bool(payload["format"] == FORMAT)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:      # a checksum that matches proves no author; torch raises many
@@ -93,6 +93,8 @@ def load(path, device="cpu", needs=()):
         if name in payload and not isinstance(payload[name], kind) or (
                 name in needs and name not in payload):
             raise DamagedCheckpoint(f"{path} holds no {name} as our checkpoints do")
+    if needs and not dense(payload):
+        raise DamagedCheckpoint(f"{path} holds weights that are no dense floating-point numbers")
     sigmas = payload.get("sigmas", ())
     if not (all(type(sigma) in NUMBER for sigma in sigmas)
             and all(a > b > 0 for a, b in zip([math.inf, *sigmas], sigmas))):
@@ -104,14 +106,18 @@ def load(path, device="cpu", needs=()):
 def dense(payload):
     """Whether weights and Adam's moments are what arithmetic takes."""
     states = [payload[name] for name in WEIGHTS if name in payload]
-    for optimizer in payload.get("optimizers", ()):
-        states += optimizer["state"].values()
-    return all(is_dense(tensor) for state in states for tensor in state.values())
+    try:
+        for optimizer in payload.get("optimizers", ()):
+            states += optimizer["state"].values()
+        return all(is_dense(tensor) for state in states for tensor in state.values())
+    except (AttributeError, LookupError, TypeError):
+        return False
 
 
 def is_dense(tensor):
     """Floating-point numbers, each in a place of its own."""
-    return (tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+    return (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            and tensor.layout == torch.strided and not tensor.is_meta
             and tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
@@ -187,8 +193,7 @@ def build_network(config, state, source):
             network = untrained(config)
         for name, tensor in state.items():
             if not is_dense(tensor):
-                raise ValueError(f"{name} is {tensor.dtype}, {tensor.layout}; allowed: dense "
-                                 "tensors of floating-point numbers")
+                raise ValueError(f"{str(name)[:100]} is no dense tensor of floating-point numbers")
         floats = {name: tensor.float() for name, tensor in state.items()}
         network.load_state_dict(floats, strict=True, assign=True)
     except (AttributeError, TypeError, ValueError, RuntimeError, ArithmeticError,

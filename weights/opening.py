@@ -205,7 +205,7 @@ def open_teacher(args, student=None):
         opened = open_pipeline(student.base, student.dataset)
     else:
         source = source or (teacher_of(student) if student else args.checkpoint)
-        source = source or default_teacher(args.dataset or "digits")
+        source = source or own_teacher(args) or default_teacher(args.dataset or "digits")
         opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
     if opened.sigmas:
         raise UserError(f"{opened.name} is a student of {len(opened.sigmas)} steps, not a teacher; "
@@ -214,9 +214,17 @@ def open_teacher(args, student=None):
     return opened
 
 
+def own_teacher(args):
+    """Of a data set of the user's: its stage 0, else what its newest student was made from."""
+    if args.dataset is None or args.dataset in DATASETS:
+        return None
+    stage0 = Path(args.runs) / f"{args.dataset}-pmdd" / "stage0" / "best.pt"
+    return stage0 if stage0.is_file() else teacher_of(open_student(args))
+
+
 def teacher_of(student):
     """The file that a student says it was made from, else the teacher of its data set."""
-    if Path(student.teacher).is_file():
+    if Path(student.teacher).is_file() or student.teacher in PUBLISHED_NETWORKS:
         return student.teacher
     if not student.dataset:
         raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
