@@ -20,9 +20,7 @@ import torch.nn.functional as F
 
 def denoising_loss(x0, sigma, eps, y, *, adapted, sigma_data):
     """DMD Eq. 6 / Alg. 3, PMDD Eq. 8: the adapted network learns the student's images x0.
-
-    sigma_data is the network's own: 0.5 in EDM's; infinite gives the error in epsilon, 1 that in v.
-    """
+    The network's sigma_data, 0.5 in EDM's: infinite gives the error in epsilon, 1 that in v."""
     x0 = x0.detach()
     weight = sigma ** -2 + sigma_data ** -2                            # SNR + 1 / sigma_data^2
     return (weight * (adapted(x0 + sigma * eps, sigma, y) - x0).square()).mean()
@@ -34,10 +32,7 @@ def edm_loss(x0, sigma, eps, y, *, teacher, sigma_data):
 
 
 def mean_error(x0, x0_teacher):
-    """mean |x0 - x0_teacher| of each image, the normaliser of DMD Eq. 8 and of SiD. [B,1,1,1]
-
-    The floor is SiD's; DMD has none.
-    """
+    """mean |x0 - x0_teacher| of each image [B,1,1,1]: DMD Eq. 8, and SiD, whose floor it has."""
     return (x0 - x0_teacher).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-5)
 
 
@@ -65,9 +60,7 @@ def sid_loss(x0, sigma, eps, y, *, teacher, adapted, alpha):
 
 def unforget_loss(outputs, targets):
     """PMDD Eq. 9, last term: over the earlier steps k, mean |student(x_tk) - previous(x_tk)|^2.
-
-    PMDD counts its steps from the last sampled, t_1, to the first, t_n; here as they are sampled.
-    """
+    PMDD counts its steps from the last, t_1, to the first, t_n; here as they are sampled."""
     return sum((output - target.detach()).square().mean()
                for output, target in zip(outputs, targets))
 

@@ -53,11 +53,10 @@ def karras(fraction):
 
 def sigma_grid(levels, batch, generator, low=0.0, high=1.0):
     """Uniform over the levels from one share of the table to another: DMD's adapted network."""
-    table, last = levels.table, len(levels.table) - 1
-    first, last = min(round(low * len(table)), last), min(round(high * len(table)), last)
-    index = torch.randint(first, last + 1, (batch, 1, 1, 1), generator=generator,
-                          device=table.device)
-    return table[index].float()
+    table, end = levels.table, len(levels.table)
+    ends = round(low * end), min(round(high * end) + 1, end)
+    return table[torch.randint(*ends, (batch, 1, 1, 1), generator=generator,
+                               device=table.device)].float()
 
 
 def sigma_dm(levels, batch, generator):
@@ -77,9 +76,8 @@ def sigma_lognormal(levels, batch, generator, mean=-1.2, std=1.2):
     return (mean + std * normal).exp()
 
 
-def sigma_trained(levels, batch, generator):
-    """The noise that the teacher was trained with: SiD's adapted network, and a new teacher."""
-    return levels.trained(levels, batch, generator)
+def sigma_trained(levels, *drawn):
+    return levels.trained(levels, *drawn)       # as the teacher: SiD's adapted network, stage 0
 
 
 # The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
@@ -149,9 +147,7 @@ def level(sigma, x):
 @torch.no_grad()
 def roll_out(student, z, y, sigmas, noises):
     """PMDD Eq. 7 = DMD2 Sec. 4.5: inputs x_t1..x_tn, and outputs x0 of all steps but the last.
-
-    z and each of noises: standard normal [B,C,H,W]; noises has one for every step after the first.
-    """
+    z, and one of noises for each step after the first: standard normal [B,C,H,W]."""
     inputs, outputs = [student.levels.first_scale(sigmas[0]) * z], []
     for sigma, next_sigma, eps in zip(sigmas, sigmas[1:], noises):
         outputs.append(student(inputs[-1], level(sigma, z), y))
@@ -289,10 +285,7 @@ class AdaptedWithHead(nn.Module):
 
 @torch.no_grad()
 def update_ema(ema, student, images, halflife, rampup=0.0, seen=0):
-    """After `halflife` images the old average counts half (EDM F.2; Deviation 10).
-
-    With a ramp-up that is at most this share of the images `seen` by the updates before.
-    """
-    halflife = min(halflife, rampup * seen) if rampup else halflife
+    """After a half-life of images, at most a share of those `seen`, the old average counts half."""
+    halflife = min(halflife, rampup * seen) if rampup else halflife     # EDM F.2 (Deviation 10)
     keep = 0.5 ** (images / halflife) if halflife else 0.0
     torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - keep)

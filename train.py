@@ -38,36 +38,29 @@ from training.run_folder import drop_unused, kept, open_run
 
 
 def iteration(config, roles, optimizers, parts, student_turn, autocast=nullcontext):
-    """One batch of generated images: DMD's Algorithm 1 with PMDD's inputs and unforget loss.
-
-    The parts of the batch add up their gradients. Draws nothing and waits for no device. Returns
-    the losses, and the images of the last part.
-    """
-    teacher, previous, student, adapted = (
-        roles.teacher, roles.previous, roles.student, roles.adapted)
+    """One batch of generated images, DMD's Algorithm 1 with PMDD's inputs and unforget loss; parts
+    add up their gradients. Draws nothing, waits for no device. Returns losses, and images."""
+    previous, student, adapted = roles.previous, roles.student, roles.adapted
     source = previous if previous is not None and config.external_sampling else student
     unforget = config.unforget_weight > 0 and previous is not None
     distill_loss, sigmas = LOSSES[config.loss].of(config), parts[0].sigmas
     generated, student_losses, adapted_losses = [], {}, {}
-    student_optimizer, adapted_optimizer = optimizers
 
     # Generate, and every ttur-th time update the student (TTUR: DMD2 Sec. 4.2)
     if student_turn:
         for part in parts:
-            last = part is parts[-1]
-            with sync_gradients(roles.student_ddp, last), frozen(adapted), autocast():
+            with sync_gradients(roles.student_ddp, part is parts[-1]), frozen(adapted), autocast():
                 # Generate: roll out the inputs x_t1..x_tn (PMDD Eq. 7), then images from them
                 inputs, targets = roll_out(source, part.z, part.y, sigmas, part.noises.unbind(1))
-                first = 0 if unforget else len(sigmas) - 1
-                *earlier, x0 = denoise_together(roles.student_ddp, inputs[first:], sigmas[first:],
-                                                part.y)
+                k = 0 if unforget else len(sigmas) - 1
+                *earlier, x0 = denoise_together(roles.student_ddp, inputs[k:], sigmas[k:], part.y)
                 generated.append(x0.detach())
 
                 # Update the student (PMDD Eq. 9, DMD Alg. 1)
                 terms = {}
                 if distill_loss:                        # DMD Eq. 7, or SiD Alg. 1
                     terms["distill"] = distill_loss(x0, part.sigma, part.eps, part.y,
-                                                    teacher=teacher, adapted=adapted)
+                                                    teacher=roles.teacher, adapted=adapted)
                 if unforget:                            # PMDD Eq. 9, last term
                     if source is not previous:
                         with torch.no_grad():
@@ -83,13 +76,12 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                     terms["regression"] = config.regression_weight * regression_loss(
                         x_ref, part.image_ref, distance=roles.distance)
                 backward(terms, student_losses, len(parts))
-        update(student_optimizer, student_losses, "student_gradient", config.clip)
+        update(optimizers[0], student_losses, "student_gradient", config.clip)
         update_ema(roles.ema, student, config.batch, config.ema_halflife, config.ema_rampup,
                    parts[0].seen)
     else:
         for part in parts:
-            with torch.no_grad(), autocast():
-                # Generate (PMDD Eq. 7)
+            with torch.no_grad(), autocast():           # generate (PMDD Eq. 7)
                 inputs, _ = roll_out(source, part.z, part.y, sigmas, part.noises.unbind(1))
                 generated.append(student(inputs[-1], level(sigmas[-1], part.z), part.y))
 
@@ -104,7 +96,7 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                     x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real, part.eps_real,
                     part.y, part.y_real, discriminator=partial(roles.adapted_ddp, output="logits"))
             backward(terms, adapted_losses, len(parts))
-    update(adapted_optimizer, adapted_losses, "adapted_gradient", config.clip)
+    update(optimizers[1], adapted_losses, "adapted_gradient", config.clip)
     return student_losses | adapted_losses, x0
 
 
@@ -134,8 +126,7 @@ def iteration_of(config):
 def frozen(network):
     """The gradient passes through the network, not into its weights."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    network.requires_grad_(False)
     yield
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -148,13 +139,11 @@ def backward(terms, losses, parts):
         losses[name] = losses.get(name, 0) + value.detach() / parts
 
 
+# Deviation 7: once a value is not finite, found_inf, which all optimizers share, turns 1: fused
+# AdamW's own switch, at which neither this step nor any later one moves a weight. The log stops the
+# run when it next reads the values; nothing here waits for the device.
 def update(optimizer, losses, gradient_name, clip):
-    """One step of AdamW; adds the gradient's norm to what is logged. Waits for no device.
-
-    Once a value is not finite, found_inf, which all optimizers share, turns 1: fused AdamW's own
-    switch, at which neither this step nor any later one moves a weight (Deviation 7). The log stops
-    the run when it next reads the values.
-    """
+    """One step of AdamW; adds the gradient's norm to what is logged."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     losses[gradient_name] = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
     finite = torch.stack([*losses.values()]).isfinite().all()

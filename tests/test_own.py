@@ -556,6 +556,7 @@ REFUSED = [
      "clean.npz was made with --resize clean"),
     (("--stage", 1, "--dataset", "digits", "--reference", "few.npz"),
      "reference of 12 dimensions, need 64"),
+    (("--teacher", "nowhere.pt", "--stage", 1), "--teacher nowhere.pt: no such file and no publi"),
     (("--dataset", "unheard-of"), "--teacher FILE, or make one: --stage 0 --data FOLDER")]
 
 

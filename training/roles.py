@@ -12,24 +12,18 @@ from base import distributed
 from base.devices import compile_network
 from base.distributed import say
 from base.errors import UserError
-from base.files import ROOT
 from edm_networks import EDMPrecond
 from images.prompts import read_prompts
 from models import AdaptedWithHead, Guided
 from weights import checkpoint
-from weights.opening import Opened, open_network, steps_text
-from weights.pretrained import PUBLISHED_NETWORKS
+from weights.opening import Opened, find_teacher, open_network, steps_text
 
 
 def load_teacher(config, options):
     """A published network or pipeline, a file in one of the published formats, or a stage 0."""
     source, text = config.teacher, "unet" in options.network
-    if source not in PUBLISHED_NETWORKS and not text:
-        source = Path(source) if Path(source).exists() else ROOT / source
-        if not source.is_file():
-            raise UserError(f"--teacher {config.teacher}: no such file and no published name; "
-                            f"published: {', '.join(PUBLISHED_NETWORKS)}; or make one: "
-                            f"python train.py --dataset {config.dataset} --stage 0")
+    if not text:
+        source = find_teacher(source, config.dataset)
     opened = open_network(source, teacher=True, dataset=config.dataset, cache=options.cache)
     if opened.sigmas:
         raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from base.errors import UserError
 from images.real import open_images
 from presets import DATASETS
-from weights.opening import open_network
+from weights.opening import find_teacher, open_network
 from weights.pretrained import PUBLISHED_NETWORKS
 
 SMALLEST = 4                    # pixels of an image, also at the lowest level of its network
@@ -61,7 +61,8 @@ def of_teacher(args, source):
                  if published and one.hint and one.hint in source), None)
     if name and not args.dataset:
         return known(name, source)
-    opened = open_network(source, teacher=True, cache=args.cache)
+    found = find_teacher(source, args.dataset or "digits")
+    opened = open_network(found, teacher=True, cache=args.cache)
     name = args.dataset or opened.dataset or Path(source).stem
     if name in DATASETS:
         return known(name, source)

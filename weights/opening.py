@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +153,18 @@ def read_ours(source):
         except UserError:
             raise damaged from None
         return None
+
+
+def find_teacher(source, dataset):
+    """A published name, or where the file is: here, or in this repository."""
+    if source in PUBLISHED_NETWORKS:
+        return source
+    for path in (source, ROOT / source):
+        if os.path.exists(path):                        # False too where a name is too long
+            return Path(path)
+    raise UserError(f"--teacher {source}: no such file and no published name; published: "
+                    f"{', '.join(PUBLISHED_NETWORKS)}; or make one: python train.py --dataset "
+                    f"{dataset} --stage 0")
 
 
 def default_teacher(dataset, classes=None):
