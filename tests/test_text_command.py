@@ -134,8 +134,9 @@ def test_stages_1_2_3_run_under_torchrun_with_their_fids(here, trained):
         assert set(saved["adapted"]) == set(start)
 
 
-def test_two_processes_do_what_one_does(trained, run, tmp_path):
+def test_two_processes_do_what_one_does(trained, run, tmp_path, capsys):
     assert run("--stage", 1, "--folder", tmp_path, "--evaluate-every", 0) == 0
+    assert capsys.readouterr().out.endswith('best.pt --steps 1 --prompt "..."\n')
     one = lines_of(tmp_path)
     two = [line for line in lines_of(trained) if "denoising" in line]
     assert len(one) == len(two) == 2

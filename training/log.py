@@ -121,6 +121,7 @@ class Log:
 
     def __init__(self, config, options, device, start, best_fid, stop, scorer=None):
         self.config, self.folder, self.best_fid = config, options.folder, best_fid
+        self.options = options
         self.scorer = scorer if scorer and scorer.judge else None
         self.device, self.stop, self.unread = device, stop, []
         self.newest, self.shown = {}, {}        # each loss as last read; what the bar shows
@@ -243,4 +244,5 @@ class Log:
             value, iteration, name = min(scored)
             told = f"done; best {name} {value:.4g}, after {iteration:,} iterations: {best}"
         how = f"--steps {self.config.stage}" if self.config.stage else "--teacher"
+        how += ' --prompt "..."' if self.options.prompts else ""
         return f"{told}\nlook at it: python sample.py --checkpoint {best} {how}"
