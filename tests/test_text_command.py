@@ -34,7 +34,7 @@ import train
 from faults import differences, outcome
 from fid import write_reference
 from gaussians import gaussian_denoiser
-from helpers import ROOT, call, torchrun
+from helpers import ROOT, call
 from images.sets import open_npz
 from losses import dm_loss
 from metrics.inception import Inception
@@ -88,9 +88,13 @@ def trained(here):
     torch.manual_seed(0)
     torch.save(Inception().state_dict(), here / "inception.pth")
     write_reference(here / "reference.npz", np.full(2048, 0.4), np.eye(2048))
-    torchrun(2, "train.py", "--dataset", "sd15", "--teacher", "pipeline", "--prompts",
-             "prompts.txt", "--reference", "reference.npz", "--inception", "inception.pth",
-             "--evaluate-images", 2, "--evaluate-every", 3, *FAST, cwd=here)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / "train.py", "--dataset", "sd15", "--teacher", "pipeline", "--prompts",
+               "prompts.txt", "--reference", "reference.npz", "--inception", "inception.pth",
+               "--evaluate-images", 2, "--evaluate-every", 3, *FAST]
+    done = subprocess.run(list(map(str, command)), cwd=here, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
     return here / "runs" / "sd15-pmdd"
 
 
@@ -243,6 +247,17 @@ def roles_of(here, monkeypatch, *argv):
     flags = "--dataset", "sd15", "--teacher", "pipeline", "--prompts", "prompts.txt", *argv
     stage, = parse(list(map(str, flags)))
     return load_roles(stage.config, stage.options, torch.device("cpu")), stage
+
+
+def test_each_image_of_a_batch_is_of_its_own_prompt(here, monkeypatch):
+    roles, stage = roles_of(here, monkeypatch, "--stage", 1, "--batch", 6, "--batch-per-gpu", 3)
+    network = roles.opened.network
+    sources = Sources(network.shape, network.levels, network.conditions)
+    drawn = draw(stage.config, 7, sources)
+    parts = cut(drawn, stage.config, sources, stage.options)
+    expected = Pipeline(here / "pipeline").embed([PROMPTS[i] for i in drawn["index"]])
+    assert len(parts) == 2 and len(drawn["index"].unique()) > 2
+    assert torch.allclose(torch.cat([part.y for part in parts]), expected, atol=1e-5)
 
 
 def test_in_bf16_what_is_frozen_is_bf16_and_what_learns_is_fp32(here, trained, monkeypatch):
