@@ -18,6 +18,7 @@ from metrics.evaluations import cell, records_under, table
 from presets import PRESETS
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BEFORE_TEXT = 13                # deviations that are not of text to image alone
 ROOMS = ("base", "weights", "images", "metrics", "training", "experiments")
 
 
@@ -38,11 +39,16 @@ def quoted(source):
 
 
 def deviations():
-    """A line for each heading of docs/DEVIATIONS.md that has a number: what stands in italics."""
+    """A line for each heading of docs/DEVIATIONS.md that has a number: what stands in italics; one
+    line for those of text to image."""
     page = (ROOT / "docs" / "DEVIATIONS.md").read_text()
-    return "\n".join(f"{number}. [{title}](docs/DEVIATIONS.md#{slug(f'{number}. {title}')}): {what}"
-                     for number, title, what in re.findall(
-                         r"^## (\d+)\. (.+)\n\n_(.+)_$", page, flags=re.MULTILINE))
+    found = [(f"{number}. [{{}}](docs/DEVIATIONS.md#{slug(f'{number}. {title}')})", title, what)
+             for number, title, what in re.findall(
+                 r"^## (\d+)\. (.+)\n\n_(.+)_$", page, flags=re.MULTILINE)]
+    lines = [f"{link.format(title)}: {what}" for link, title, what in found[:BEFORE_TEXT]]
+    first, *_ = of_text = found[BEFORE_TEXT:]
+    titles = ", ".join(title for _, title, _ in of_text)
+    return "\n".join([*lines, f"{first[0].format('Text to image')}, to {len(found)}: {titles}."])
 
 
 def slug(heading):
@@ -74,14 +80,32 @@ def files():
     return "\n\n".join(parts)
 
 
+def flags(method, stage, variant):
+    given = [f"--method {method}" * (method != "pmdd"), f"--stage {stage}",
+             f"--variant {variant}" * bool(variant)]
+    return f"`{' '.join(filter(None, given))}`"
+
+
+def recipes():
+    """The presets of text to image, with what their papers report."""
+    rows = []
+    for (of, method, stage, variant), p in PRESETS.items():
+        if of == "sd15":
+            reported = ("-" if value is None else f"{value:{form}}" for value, form in (
+                (p.paper_fid, ".2f"), (p.paper_clip, ".3f")))
+            rows.append([flags(method, stage, variant), p.source, p.gpus, p.hours,
+                         f"{p.config.guidance:g}", f"{p.config.batch:,}",
+                         f"{p.config.iterations:,}", *reported])
+    return markdown(["`train.py --dataset sd15`", "source", "authors' GPUs", "hours", "guidance",
+                     "batch", "iterations", "FID", "CLIP"], rows)
+
+
 def presets(dataset):
     rows = []
     for (of, method, stage, variant), p in PRESETS.items():
         if of == dataset:
-            flags = [f"--method {method}" * (method != "pmdd"), f"--stage {stage}",
-                     f"--variant {variant}" * bool(variant)]
             hours = "" if p.hours == "-" else f"; hours: {p.hours}"
-            rows.append([f"`{' '.join(filter(None, flags))}`", p.source, p.gpus + hours,
+            rows.append([flags(method, stage, variant), p.source, p.gpus + hours,
                          str(p.config.batch), f"{p.config.iterations:,}",
                          f"{p.images / 1e6:,.0f}M",
                          "-" if p.paper_fid is None else f"{p.paper_fid:.2f}"])
@@ -184,7 +208,7 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_ffhq64": partial(presets, "ffhq64"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
-             iteration, deviations, rooms, files, published, summary, heldout, soak)},
+             iteration, deviations, rooms, files, recipes, published, summary, heldout, soak)},
          **speed_tables.TABLES, **tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}

@@ -131,9 +131,10 @@ def test_a_column_that_is_nowhere_measured_becomes_a_sentence():
 
 def test_the_readme_lists_every_deviation_and_the_code_names_no_other():
     page = TEXTS[ROOT / "docs" / "DEVIATIONS.md"]
-    numbers = [int(number) for number in re.findall(r"^## (\d+)\. ", page, flags=re.M)]
-    listed = readme.deviations().splitlines()
-    assert numbers == list(range(1, len(numbers) + 1)) and len(listed) == len(numbers) >= 13
+    found = re.findall(r"^## (\d+)\. (.+)$", page, flags=re.M)
+    numbers, listed = [int(number) for number, _ in found], readme.deviations()
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 13
+    assert all(title in listed for _, title in found)
     scripts = [path for room in ("", *readme.ROOMS) for path in (ROOT / room).glob("*.py")]
     named = {int(number) for path in scripts
              for number in re.findall(r"Deviation (\d+)", path.read_text())}

@@ -574,7 +574,7 @@ REFUSED = [                             # what is spoilt, the flags, what the li
     (None, "--teacher some/name", "no pipeline 'some/name': it is no folder, and unet cannot be "
                                   "had from the model hub into "),
     (None, "--sigmas 80", "--sigmas 80: the teacher knows the noise levels from 0.02917 to 14.61"),
-    (None, "--gan-weight 1", "no pictures at sd15: give --data a folder or zip of them with cap"),
+    (None, "--gan-weight 1", "--data sd15: no such folder or zip; the GAN wants pictures with"),
     (few_captions, "--gan-weight 1 --data beside", "1 of 5 pictures have no caption, 3.jpg is the "
                                                    "first; wanted: dataset.json"),
     (None, "--stage 2", "stage 2 starts from .*stage1/best.pt, which is not there"),
@@ -603,7 +603,7 @@ def test_a_wrong_training_command_is_one_line_and_leaves_nothing(
      "give --prompts FILE, one prompt a line"),
     (train, "--dataset digits --prompts prompts.txt", "--prompts: digits has no text"),
     (train, "--dataset sd15 --stage 0", "no preset for --dataset sd15 --method pmdd --stage 0"),
-    (sample, "--dataset digits --prompt a", "--prompt: .*digits-student.pt is no text-to-image"),
+    (sample, "--dataset digits --prompt a", "--prompt or .*digits-student.pt is no text-to-image"),
     (sample, "--checkpoint pipeline", "pipeline makes pictures from text: give --prompt or"),
     (sample, "--checkpoint pipeline --prompt a --guidance -1", "--guidance -1.0: must be 0 or"),
     (sample, "--checkpoint pipeline --prompt a --steps 1", "pipeline is a teacher, not a student"),

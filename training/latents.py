@@ -1,8 +1,11 @@
 """Latents of real images with captions, for DMD2's GAN on text to image: encoded once, kept."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
+from base.errors import UserError
 from images.captioned import open_captioned
 from training.kept import made_once
 
@@ -27,6 +30,9 @@ class Latents:
 
 def latents_of(source, pipeline, shape, folder, device, stop):
     """A draw of the VAE's posterior for each image, as in DMD2."""
+    if not Path(source).exists():
+        raise UserError(f"--data {source}: no such folder or zip; the GAN wants pictures with "
+                        "captions, in dataset.json or in a .txt beside each")
     images = open_captioned(source, pipeline.size)
 
     def make(part):
