@@ -2,6 +2,8 @@
 
     python -m experiments.make_emoji glyphs      the emoji, from Debian's fonts-noto-color-emoji
     python -m experiments.make_emoji vae         the autoencoder
+    python -m experiments.make_emoji teacher     text encoder and U-Net
+    python -m experiments.make_emoji pipeline    all of them in assets/emoji/pipeline
 """
 
 import copy
@@ -9,6 +11,7 @@ import math
 import re
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,8 @@ from images import emoji
 from weights.checkpoint import write_atomically
 
 WORK = Path("runs/emoji-pipeline")          # what is half done
+PIPELINE = emoji.GLYPHS.with_name("pipeline")
+POOL = 40_000                               # pictures whose latents are encoded once
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 FONT_SIZE = 109                             # the only one that the font's bitmaps have
@@ -99,7 +104,7 @@ def train(name, networks, lr, iterations, loss_of, ema=None, every=500):
     path = WORK / f"{name}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     trained = [p for network in networks for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(trained, lr, betas=(0.9, 0.99), fused=True)
     stored = [*networks, *(ema or []), optimizer]
     first, spent = 0, 0.0
     if path.exists():
@@ -127,9 +132,9 @@ def train(name, networks, lr, iterations, loss_of, ema=None, every=500):
                   *(f"{key} {value:.4f}" for key, value in means.items()), flush=True)
             tally = {}
         if (k + 1) % every == 0 or k + 1 == iterations:
-            payload = {"iteration": k + 1, "seconds": time.process_time() - start,
-                       "states": [part.state_dict() for part in stored]}
-            write_atomically(path, lambda temporary: torch.save(payload, temporary))
+            write_atomically(path, partial(torch.save, {
+                "iteration": k + 1, "seconds": time.process_time() - start,
+                "states": [part.state_dict() for part in stored]}))
 
 
 @torch.no_grad()
@@ -181,6 +186,26 @@ def make_vae(iterations=2500, decoder_iterations=4000, batch=32):
         return {"loss": reconstruction + 1e-3 * kl, "kl": kl, "dB": decibel(decoded, x)}
 
     train("vae", [vae], 2e-3, iterations, joint)
+    make_decoder(decoder_iterations, batch)
+
+
+def make_decoder(iterations, batch):
+    """The decoder alone on latents that stay, with a little noise, as a U-Net's have."""
+    vae = load_vae().to(memory_format=torch.channels_last)
+    trained = [vae.decoder, vae.post_quant_conv]
+    for part in trained:
+        part.requires_grad_(True)
+
+    def loss_of(k):
+        x, weight = vae_batch(1_000_000 + k, batch)             # not the pictures of before
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mean
+            noise = torch.randn(latents.shape, generator=generator(2, 1_000_000 + k))
+            latents = latents + 0.1 * latents.std() * noise
+        decoded = vae.decode(latents).sample
+        return {"loss": reconstruction_loss(decoded, x, weight), "dB": decibel(decoded, x)}
+
+    train("decoder", trained, 1e-3, iterations, loss_of)
 
 
 def decibel(decoded, x):
@@ -189,12 +214,19 @@ def decibel(decoded, x):
 
 
 def load_vae():
+    """The autoencoder as far as it is trained."""
+    if not (WORK / "vae.pt").exists():
+        raise UserError(f"no autoencoder in {WORK}: python -m experiments.make_emoji vae")
     vae = new_vae()
-    path = WORK / "vae.pt"
-    if not path.exists():
-        raise UserError(f"no autoencoder at {path}: python -m experiments.make_emoji vae")
-    vae.load_state_dict(torch.load(path, weights_only=True)["states"][0])
+    vae.load_state_dict(trained_states("vae")[0])
+    if (WORK / "decoder.pt").exists():
+        for part, state in zip((vae.decoder, vae.post_quant_conv), trained_states("decoder")):
+            part.load_state_dict(state)
     return vae.eval().requires_grad_(False)
+
+
+def trained_states(name):
+    return torch.load(WORK / f"{name}.pt", weights_only=True)["states"]
 
 
 # Text encoder -------------------------------------------------------------------------------
@@ -209,7 +241,7 @@ def words():
 
 
 def byte_pairs(vocabulary):
-    """The merges that make one token of every word: the commonest pair first, ties by the alphabet."""
+    """The merges that make one token of every word: the commonest pair first."""
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in vocabulary}
     merges = []
     while any(len(parts) > 1 for parts in split.values()):
@@ -313,11 +345,11 @@ def encode(vae, scenes):
 
 def load_text_encoder(tokenizer):
     text_encoder = new_text_encoder(tokenizer)
-    text_encoder.load_state_dict(torch.load(WORK / "text.pt", weights_only=True)["states"][0])
+    text_encoder.load_state_dict(trained_states("text")[0])
     return text_encoder
 
 
-def make_teacher(iterations, most, batch=64, pool=40_000, lr=1e-3, name="teacher"):
+def make_teacher(iterations=10_000, most=1.0, batch=64, pool=POOL, lr=1e-3, name="teacher"):
     """U-Net and text encoder together, on latents that are encoded once."""
     tokenizer, vae = new_tokenizer(), load_vae()
     teach_names(new_text_encoder(tokenizer), tokenizer)
@@ -341,12 +373,41 @@ def make_teacher(iterations, most, batch=64, pool=40_000, lr=1e-3, name="teacher
           ema=[copy.deepcopy(unet), copy.deepcopy(text_encoder)])
 
 
+# Pipeline -----------------------------------------------------------------------------------
+
+
+def save_pipeline(folder=PIPELINE, name="teacher"):
+    """All parts in half precision, as diffusers loads them."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    tokenizer, vae, unet = new_tokenizer(), load_vae(), new_unet()
+    text_encoder = new_text_encoder(tokenizer)
+    unet_state, text_state = trained_states(name)[2:4]                  # the averages
+    unet.load_state_dict(unet_state)
+    text_encoder.load_state_dict(text_state)
+    latents = encode(vae, emoji.draw_scenes(POOL, generator(4, 0)))
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                              clip_sample=False, set_alpha_to_one=False,
+                              timestep_spacing="trailing")
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o644)                   # they are written for the owner alone
+    print(f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()):,} bytes in {folder}")
+
+
+PARTS = {"glyphs": make_glyphs, "vae": make_vae, "teacher": make_teacher,
+         "pipeline": save_pipeline}
+
+
 def main():
     parser = Parser(prog="python -m experiments.make_emoji", description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["glyphs", "vae"])
+    parser.add_argument("part", choices=list(PARTS))
     part = parser.parse_args().part
     torch.set_num_threads(1)                # sums split over threads round differently
-    {"glyphs": make_glyphs, "vae": make_vae}[part]()
+    PARTS[part]()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 A picture holds one emoji, or two of half its width: the one named first stands on the left. Some
 combinations are never drawn for training, by a fixed rule, so that they can be asked for later: an
-emoji on a background (HELD_BACKGROUND), and two emoji together (HELD_PAIR). Everything is drawn from
-the generator that is given.
+emoji on a background, and two emoji together. Everything is drawn from the generator given.
 
 The emoji are Noto Color Emoji's (Copyright Google, Apache License 2.0), rendered once by
 `python -m experiments.make_emoji glyphs`.
