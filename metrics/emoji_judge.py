@@ -169,13 +169,15 @@ def lesson(count, rng):
     there, other = torch.zeros(count, len(emoji.names()) + 1), torch.zeros(count)
     for k in range(2):
         shown, size = scenes.emoji[:, k], torch.tensor(emoji.SIZES)[scenes.size[:, k]].float()
-        layer, stranger = layers_of(scenes, k), layers_of(strangers, k)
-        soft = 0.04 * size * torch.rand(count, generator=rng)           # what a decoder may do
-        bent = 0.03 * size * torch.rand(count, generator=rng)
-        fair = warped(blurred(layer, soft), bent, rng)
+        # What a decoder may do is done to lumps too: being sharp must not tell them
+        worn = (torch.rand(count, generator=rng) < 0.7) * size
+        soft, bent = (0.04 * worn * torch.rand(count, generator=rng),
+                      0.03 * worn * torch.rand(count, generator=rng))
+        layer, stranger = (warped(blurred(layers_of(s, k), soft), bent, rng)
+                           for s in (scenes, strangers))
         lump = (shown >= 0) & (shown != strangers.emoji[:, k])
         lump &= torch.rand(count, generator=rng) < SPOILT
-        layer = torch.where(lump[:, None, None, None], spoilt(layer, stranger, size, rng), fair)
+        layer = torch.where(lump[:, None, None, None], spoilt(layer, stranger, size, rng), layer)
         x = x * (1 - layer[:, 3:]) + layer[:, :3]
         there[torch.arange(count), torch.where(lump, -1, shown)] = 1    # -1: nothing to name
         other = torch.maximum(other, lump.float())
