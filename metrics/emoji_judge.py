@@ -146,18 +146,20 @@ def before_middle(inside):
 
 
 def spoilt(layer, other, size, rng):
-    """Lumps: one of blurred away, melted, blended with another emoji, half another emoji."""
+    """Lumps: blurred away, melted, a little of both, blended with another emoji, half another."""
     B = len(layer)
     amount = torch.rand(B, generator=rng)
     share = (0.35 + 0.3 * amount)[:, None, None, None]
     upper, left = (before_middle((layer[:, 3] > 0.5).any(axis)) for axis in (2, 1))    # [B,32]
-    mask = torch.where(torch.rand(B, 1, 1, generator=rng) < 0.5, upper[:, :, None],
+    half = torch.where(torch.rand(B, 1, 1, generator=rng) < 0.5, upper[:, :, None],
                        left[:, None, :])[:, None]
-    choices = torch.stack([blurred(layer, size * (0.12 + 0.1 * amount)),
-                           warped(layer, size * (0.14 + 0.1 * amount), rng),
+    both = blurred(layer, size * (0.07 + 0.05 * amount))
+    choices = torch.stack([blurred(layer, size * (0.1 + 0.1 * amount)),
+                           warped(layer, size * (0.1 + 0.12 * amount), rng),
+                           warped(both, size * (0.07 + 0.05 * amount), rng),
                            layer * share + other * (1 - share),
-                           torch.where(mask, layer, other)])
-    return choices[torch.randint(4, (B,), generator=rng), torch.arange(B)]
+                           torch.where(half, layer, other)])
+    return choices[torch.randint(len(choices), (B,), generator=rng), torch.arange(B)]
 
 
 def lesson(count, rng):
@@ -195,7 +197,7 @@ def lesson_loss(network, x, targets):
             + F.cross_entropy(background, targets[2]) + F.cross_entropy(count, targets[3]))
 
 
-def train(steps=2400, batch=128, lr=4e-3):
+def train(steps=1800, batch=128, lr=4e-3):
     """An EmojiNetwork; the same weights on every call."""
     torch.manual_seed(0)
     rng = torch.Generator().manual_seed(0)
