@@ -91,13 +91,14 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def rate_of(k, iterations):
-    """A cosine from one to zero."""
-    return 0.5 + 0.5 * math.cos(math.pi * k / iterations)
+def rate_of(k, iterations, hold):
+    """One after a short warm-up until this share of all iterations, then a cosine to zero."""
+    left = max(0, k / iterations - hold) / (1 - hold)
+    return min(1, (k + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * left))
 
 
-def train(name, networks, lr, iterations, loss_of, ema=None, every=500):
-    """Adam with a short warm-up and a cosine to zero; saved in WORK every so often.
+def train(name, networks, lr, iterations, loss_of, hold=0.0, ema=None, every=500):
+    """Adam on the first of the losses, and averages of its weights; saved in WORK every so often.
 
     loss_of(k) -> a dict of losses, "loss" first, which is what falls.
     """
@@ -114,9 +115,8 @@ def train(name, networks, lr, iterations, loss_of, ema=None, every=500):
             part.load_state_dict(state)
     start, tally = time.process_time() - spent, {}
     for k in range(first, iterations):
-        rate = lr * min(1, (k + 1) / 100) * rate_of(k, iterations)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr * rate_of(k, iterations, hold)
         losses = loss_of(k)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
@@ -173,7 +173,7 @@ def vae_batch(k, batch):
     return x, 0.5 + 1.5 * drawn
 
 
-def make_vae(iterations=2500, decoder_iterations=4000, batch=32):
+def make_vae(iterations=2500, decoder_iterations=2500, batch=32):
     vae = new_vae().to(memory_format=torch.channels_last)
 
     def joint(k):
@@ -349,7 +349,7 @@ def load_text_encoder(tokenizer):
     return text_encoder
 
 
-def make_teacher(iterations=10_000, most=1.0, batch=64, pool=POOL, lr=1e-3, name="teacher"):
+def make_teacher(iterations=10_000, most=12.0, batch=64, pool=POOL, lr=1e-3, name="teacher", hold=0.5):
     """U-Net and text encoder together, on latents that are encoded once."""
     tokenizer, vae = new_tokenizer(), load_vae()
     teach_names(new_text_encoder(tokenizer), tokenizer)
@@ -369,7 +369,7 @@ def make_teacher(iterations=10_000, most=1.0, batch=64, pool=POOL, lr=1e-3, name
                                      torch.where(dropped, unknown, ids[chosen]), eps, t, sigmas,
                                      most)}
 
-    train(name, [unet, text_encoder], lr, iterations, loss_of,
+    train(name, [unet, text_encoder], lr, iterations, loss_of, hold,
           ema=[copy.deepcopy(unet), copy.deepcopy(text_encoder)])
 
 
