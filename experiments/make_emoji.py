@@ -349,19 +349,19 @@ def load_text_encoder(tokenizer):
     return text_encoder
 
 
-def make_teacher(iterations=10_000, most=12.0, batch=64, pool=POOL, lr=1e-3, name="teacher", hold=0.5):
+def make_teacher(iterations=10_000, most=12.0, batch=64, lr=1e-3, name="teacher", hold=0.5):
     """U-Net and text encoder together, on latents that are encoded once."""
     tokenizer, vae = new_tokenizer(), load_vae()
     teach_names(new_text_encoder(tokenizer), tokenizer)
     text_encoder, unet, sigmas = load_text_encoder(tokenizer), new_unet(), noise_table()
-    scenes = emoji.draw_scenes(pool, generator(4, 0))
+    scenes = emoji.draw_scenes(POOL, generator(4, 0))
     latents, ids = encode(vae, scenes), token_ids(tokenizer, emoji.captions(scenes))
     latents /= latents.std()
     unknown = token_ids(tokenizer, [""])
 
     def loss_of(k):
         rng = generator(5, k)
-        chosen = torch.randint(pool, (batch,), generator=rng)
+        chosen = torch.randint(POOL, (batch,), generator=rng)
         dropped = torch.rand(batch, 1, generator=rng) < 0.1
         t = torch.randint(1000, (batch,), generator=rng)
         eps = torch.randn(batch, *latents[0].shape, generator=rng)
