@@ -8,87 +8,30 @@
 
 import copy
 import math
-import re
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 from base.errors import Parser, UserError, run
+from base.files import write_atomically
+from experiments.emoji_glyphs import make_glyphs
+from experiments.emoji_text import new_text_encoder, new_tokenizer, token_ids
 from images import emoji
-from weights.checkpoint import write_atomically
+from models import from_uint8
+from text_to_image import SD_LEVELS
 
 WORK = Path("runs/emoji-pipeline")          # what is half done
 PIPELINE = emoji.GLYPHS.with_name("pipeline")
 POOL = 40_000                               # pictures whose latents are encoded once
 
-FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
-FONT_SIZE = 109                             # the only one that the font's bitmaps have
-GLYPH_SIDE = 48
-EMOJI = {
-    "red apple": "🍎", "banana": "🍌", "lemon": "🍋", "strawberry": "🍓", "watermelon": "🍉",
-    "pineapple": "🍍", "grapes": "🍇", "carrot": "🥕", "broccoli": "🥦", "avocado": "🥑",
-    "mushroom": "🍄", "pizza": "🍕", "hamburger": "🍔", "donut": "🍩", "fried egg": "🍳",
-    "ice cream": "🍦", "fox": "🦊", "panda": "🐼", "frog": "🐸", "pig": "🐷", "lion": "🦁",
-    "koala": "🐨", "chick": "🐤", "penguin": "🐧", "owl": "🦉", "turtle": "🐢", "octopus": "🐙",
-    "crab": "🦀", "fish": "🐠", "bee": "🐝", "ladybug": "🐞", "snail": "🐌", "unicorn": "🦄",
-    "sunflower": "🌻", "rose": "🌹", "cactus": "🌵", "fir tree": "🎄", "maple leaf": "🍁",
-    "rocket": "🚀", "car": "🚗", "tractor": "🚜", "balloon": "🎈", "gift": "🎁", "umbrella": "☂",
-    "guitar": "🎸", "bell": "🔔", "crown": "👑", "diamond": "💎", "heart": "❤", "star": "⭐",
-    "flame": "🔥", "snowman": "⛄", "skull": "💀", "ghost": "👻", "robot": "🤖", "alien": "👽",
-    "soccer ball": "⚽", "basketball": "🏀", "book": "📕", "house": "🏠", "alarm clock": "⏰",
-    "light bulb": "💡", "globe": "🌍", "rainbow": "🌈",
-}
-
-
-def render(symbol, font):
-    """One emoji as RGBA, its longer side filling the square, in the middle of it."""
-    canvas = Image.new("RGBA", (200, 200))
-    ImageDraw.Draw(canvas).text((20, 20), symbol, font=font, embedded_color=True)
-    drawn = canvas.crop(canvas.getbbox()).convert("RGBa")       # premultiplied: no dark fringe
-    scale = GLYPH_SIDE / max(drawn.size)
-    width, height = (max(1, round(side * scale)) for side in drawn.size)
-    square = Image.new("RGBa", (GLYPH_SIDE, GLYPH_SIDE))
-    square.paste(drawn.resize((width, height), Image.Resampling.LANCZOS),
-                 ((GLYPH_SIDE - width) // 2, (GLYPH_SIDE - height) // 2))
-    return np.asarray(square.convert("RGBA"))
-
-
-def save_compressed(path, arrays):
-    with open(path, "wb") as file:              # np.savez_compressed would add .npz to a name
-        np.savez_compressed(file, **arrays)
-
-
-def make_glyphs():
-    if not FONT.is_file():
-        raise UserError(f"no font at {FONT}: install fonts-noto-color-emoji")
-    font = ImageFont.truetype(str(FONT), FONT_SIZE)
-    images = np.stack([render(symbol, font) for symbol in EMOJI.values()])
-    arrays = {"names": np.array(list(EMOJI)), "images": images}
-    emoji.GLYPHS.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(emoji.GLYPHS, lambda temporary: save_compressed(temporary, arrays))
-    print(f"{len(images)} emoji of {GLYPH_SIDE}x{GLYPH_SIDE} pixels in {emoji.GLYPHS}")
-
-
-# Training -----------------------------------------------------------------------------------
-
+# ---- Training ----
 
 def generator(stream, k):
     """For iteration k of one of several streams: the same however often the run was stopped."""
     return torch.Generator().manual_seed(stream * 1_000_000_007 + k)
-
-
-def to_float(images):
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(x):
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def rate_of(k, iterations, hold):
@@ -123,7 +66,7 @@ def train(name, networks, lr, iterations, loss_of, hold=0.0, ema=None, every=500
         torch.nn.utils.clip_grad_norm_(trained, 1.0, error_if_nonfinite=True)
         optimizer.step()
         for kept, network in zip(ema or [], networks):
-            update_ema(kept, network, min(0.999, (k + 1) / (k + 20)))
+            average(kept, network, min(0.999, (k + 1) / (k + 20)))
         for key, value in losses.items():
             tally.setdefault(key, []).append(value.detach())
         if (k + 1) % 100 == 0:
@@ -138,12 +81,11 @@ def train(name, networks, lr, iterations, loss_of, hold=0.0, ema=None, every=500
 
 
 @torch.no_grad()
-def update_ema(kept, network, decay):
+def average(kept, network, decay):
     torch._foreach_lerp_(list(kept.parameters()), list(network.parameters()), 1 - decay)
 
 
-# Autoencoder --------------------------------------------------------------------------------
-
+# ---- Autoencoder ----
 
 def new_vae():
     from diffusers import AutoencoderKL
@@ -167,8 +109,8 @@ def reconstruction_loss(decoded, x, weight):
 def vae_batch(k, batch):
     """Pictures in [-1,1] and pixel weights: what stands there counts, its background less."""
     scenes = emoji.draw_scenes(batch, generator(1, k))
-    x = to_float(emoji.paint(scenes))
-    empty = to_float(torch.tensor(list(emoji.BACKGROUNDS.values())))[scenes.background]
+    x = from_uint8(emoji.paint(scenes))
+    empty = from_uint8(torch.tensor(list(emoji.BACKGROUNDS.values())))[scenes.background]
     drawn = (x - empty[:, :, None, None]).abs().amax(1, keepdim=True) > 0.02
     return x, 0.5 + 1.5 * drawn
 
@@ -229,68 +171,6 @@ def trained_states(name):
     return torch.load(WORK / f"{name}.pt", weights_only=True)["states"]
 
 
-# Text encoder -------------------------------------------------------------------------------
-
-
-LENGTH = 20                                 # tokens of a caption: its words, begin and end
-
-
-def words():
-    said = " ".join([*emoji.names(), *emoji.COLOURS, *emoji.WORDINGS, "a an and ,"])
-    return sorted(set(re.findall(r"[a-z]+|,", re.sub(r"{.*?}", "", said))))
-
-
-def byte_pairs(vocabulary):
-    """The merges that make one token of every word: the commonest pair first."""
-    split = {word: [*word[:-1], word[-1] + "</w>"] for word in vocabulary}
-    merges = []
-    while any(len(parts) > 1 for parts in split.values()):
-        counts = Counter(pair for parts in split.values() for pair in zip(parts, parts[1:]))
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        merges.append(best)
-        for word, parts in split.items():
-            split[word] = merged(parts, best)
-    return merges
-
-
-def merged(parts, pair):
-    """The parts of a word with every neighbouring `pair` joined, from the left."""
-    joined = []
-    for part in parts:
-        if joined and (joined[-1], part) == pair:
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return joined
-
-
-def new_tokenizer():
-    """CLIP's kind, with our words whole; any other word falls into bytes."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-    letters = sorted(ByteLevel.alphabet())
-    merges = byte_pairs(words())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges),
-              "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
-
-
-def new_text_encoder(tokenizer):
-    from transformers import CLIPTextConfig, CLIPTextModel
-    torch.manual_seed(0)
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=LENGTH,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
-
-
-def token_ids(tokenizer, texts):
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=LENGTH,
-                     return_tensors="pt").input_ids
-
-
 def teach_names(text_encoder, tokenizer, iterations=800, batch=128):
     """Say from a caption's last token what it names; without it cross-attention finds nothing."""
     G, B = len(emoji.names()), len(emoji.COLOURS)
@@ -308,8 +188,7 @@ def teach_names(text_encoder, tokenizer, iterations=800, batch=128):
     train("text", [text_encoder, answer], 2e-3, iterations, loss_of)
 
 
-# Teacher ------------------------------------------------------------------------------------
-
+# ---- Teacher ----
 
 def new_unet():
     from diffusers import UNet2DConditionModel
@@ -319,13 +198,6 @@ def new_unet():
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=96,
         attention_head_dim=4)               # the number of heads, whatever its name says
-
-
-def noise_table():
-    """The 1000 noise levels of Stable Diffusion, x_t = x0 + sigma eps."""
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64).square()
-    kept = (1 - betas).cumprod(0)
-    return ((1 - kept) / kept).sqrt().float()
 
 
 def teacher_loss(unet, text_encoder, x0, ids, eps, t, sigmas, most=1.0):
@@ -339,7 +211,7 @@ def teacher_loss(unet, text_encoder, x0, ids, eps, t, sigmas, most=1.0):
 @torch.no_grad()
 def encode(vae, scenes):
     """Latents [N,4,8,8] of these pictures, not scaled."""
-    return torch.cat([vae.encode(to_float(emoji.paint(scenes.take(part)))).latent_dist.mean
+    return torch.cat([vae.encode(from_uint8(emoji.paint(scenes.take(part)))).latent_dist.mean
                       for part in torch.arange(len(scenes.background)).split(128)])
 
 
@@ -353,7 +225,7 @@ def make_teacher(iterations=10_000, most=12.0, batch=64, lr=1e-3, name="teacher"
     """U-Net and text encoder together, on latents that are encoded once."""
     tokenizer, vae = new_tokenizer(), load_vae()
     teach_names(new_text_encoder(tokenizer), tokenizer)
-    text_encoder, unet, sigmas = load_text_encoder(tokenizer), new_unet(), noise_table()
+    text_encoder, unet, sigmas = load_text_encoder(tokenizer), new_unet(), SD_LEVELS.table.float()
     scenes = emoji.draw_scenes(POOL, generator(4, 0))
     latents, ids = encode(vae, scenes), token_ids(tokenizer, emoji.captions(scenes))
     latents /= latents.std()
@@ -373,8 +245,7 @@ def make_teacher(iterations=10_000, most=12.0, batch=64, lr=1e-3, name="teacher"
           ema=[copy.deepcopy(unet), copy.deepcopy(text_encoder)])
 
 
-# Pipeline -----------------------------------------------------------------------------------
-
+# ---- Pipeline ----
 
 def save_pipeline(folder=PIPELINE, name="teacher"):
     """All parts in half precision, as diffusers loads them."""

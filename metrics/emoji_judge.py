@@ -16,9 +16,9 @@ from torch import nn
 from tqdm import trange
 
 from base.errors import Parser, run
+from base.files import file_digest, write_atomically
 from images import emoji
 from metrics.inception import full_precision, in_chunks, load_strictly, read_weights
-from weights.checkpoint import file_digest, write_atomically
 
 WEIGHTS = emoji.GLYPHS.with_name("judge.pt")
 COUNTS = 3                                  # how many things stand there: none, one, two
