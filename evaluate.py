@@ -34,9 +34,9 @@ from images.sets import open_npz
 from metrics.clip_score import OPENCLIP, ClipScore
 from metrics.evaluations import read_records, record, records_under, table
 from metrics.judge import MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of
-from models import sample_every_step
+from models import SEEDS, sample_every_step
 from presets import DATASETS
-from weights.opening import (LARGEST_NUMBER, SEEDS, Parser, check_guidance, churn_options,
+from weights.opening import (LARGEST_NUMBER, Parser, check_guidance, churn_options,
                              open_student, open_teacher, steps_text)
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"

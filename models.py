@@ -26,6 +26,7 @@ from torch import nn
 from losses import dm_loss, sid_loss
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
+SEEDS = 2 ** 32                 # torch's generator on a CPU looks at no more bits of a seed
 
 
 # ---- Noise levels ----
@@ -202,6 +203,8 @@ class SeededNoise:
     """One generator per image, as EDM: an image depends on its seed, never on its batch."""
 
     def __init__(self, seeds, shape, device):
+        if not all(0 <= seed < SEEDS for seed in seeds):
+            raise ValueError(f"seeds {min(seeds)} to {max(seeds)}: allowed are 0 to {SEEDS - 1}")
         self.generators = [torch.Generator(device).manual_seed(int(seed)) for seed in seeds]
         self.shape, self.device = tuple(shape), device
 

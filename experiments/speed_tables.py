@@ -197,3 +197,12 @@ def scaling():
 
 TABLES = {f.__name__: f for f in (speed, loop, loop_shares, loop_memory, sampling_cost,
                                   scoring_cost, scaling, iteration_cost, many_gpus)}
+
+
+def text_memory():
+    """GiB of one process, by the plan."""
+    planned = result("text-memory.json")["planned"]
+    sizes = sorted({size for one in planned for size in one["gib"]} - {"weights"}, key=int)
+    return markdown(["", "nothing but weights", *sizes], [
+        [one["what"], *(f"{one['gib'][size]:.1f}" if size in one["gib"] else "-"
+                        for size in ("weights", *sizes))] for one in planned])

@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from weights import checkpoint  # noqa: E402
+from training import log  # noqa: E402
 from base import errors  # noqa: E402
 import evaluate  # noqa: E402
 from training import run_folder  # noqa: E402
@@ -34,7 +35,7 @@ from edm_networks import EDMPrecond  # noqa: E402
 NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
                model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
 MAINS = {"train": lambda: train.main(), "sample": lambda: sample.main(),
-         "evaluate": lambda: evaluate.main(), "checkpoint": lambda: checkpoint.main(sys.argv[1:])}
+         "evaluate": lambda: evaluate.main()}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
               "PYTHONUNBUFFERED": "1"}
 SERVER = multiprocessing.get_context("forkserver")
@@ -185,30 +186,30 @@ def slow_writes(seconds):
 
 def note_saves(path):
     """A line for every checkpoint that the run believes to be on the disk."""
-    real = run_folder.save_latest
+    real = log.save_latest
 
     def save_latest(folder, payload):
         real(folder, payload)
         with open(path, "a") as file:
             file.write(f"{folder.name} {payload['iteration']}\n")
 
-    run_folder.save_latest = save_latest
+    log.save_latest = save_latest
 
 
 def die_after_saving(iteration):
-    real = run_folder.save_latest
+    real = log.save_latest
 
     def save_latest(folder, payload):
         real(folder, payload)
         if payload["iteration"] == iteration:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run_folder.save_latest = save_latest
+    log.save_latest = save_latest
 
 
 def full_disk(what, room):
     """No room at all from when the second `what` is about to be written, until `room` is gone."""
-    owner, name = {"checkpoint": (torch, "save"), "sample": (run_folder, "save_samples"),
+    owner, name = {"checkpoint": (torch, "save"), "sample": (log, "save_samples"),
                    "metrics": (run_folder.Metrics, "write")}[what]
     real, calls = getattr(owner, name), []
 
@@ -337,9 +338,10 @@ class Watched:
     watching = []
 
     def __init__(self, *allowed):
-        self.allowed = [os.path.realpath(path) for path in (*allowed, "/dev", "/proc")]
-        cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
-        self.allowed.append(str(cache))             # torch's own, when it plans on no device
+        # Two libraries' own: torch's when it plans on no device, matplotlib's at its first import.
+        caches = (Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}",
+                  *(Path.home() / folder / "matplotlib" for folder in (".config", ".cache")))
+        self.allowed = [os.path.realpath(path) for path in (*allowed, *caches, "/dev", "/proc")]
         self.outside, self.read = [], []
 
     def __enter__(self):

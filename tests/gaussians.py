@@ -9,15 +9,24 @@ import math
 import numpy as np
 import torch
 
+from models import KARRAS
+
 
 def column(values):
     return torch.as_tensor(values, dtype=torch.float64)
+
+
+def edm_denoiser(function):
+    """D(x_t, sigma, y) that the samplers may ask for the noise levels of EDM."""
+    function.levels = KARRAS
+    return function
 
 
 def mixture_denoiser(weights, means, stds):
     """E[x0 | x_t] for data from the mixture of N(mean_k, std_k^2); a std of 0 is a point."""
     weights, means, variances = column(weights), column(means), column(stds) ** 2
 
+    @edm_denoiser
     def denoise(x_t, sigma, y=None):
         x, total = x_t[..., None], variances + sigma[..., None] ** 2               # [B,C,H,W,K]
         share = (weights.log() - total.log() / 2 - (x - means) ** 2 / (2 * total)).softmax(-1)
@@ -27,7 +36,8 @@ def mixture_denoiser(weights, means, stds):
 
 def gaussian_denoiser(mean, std):
     """E[x0 | x_t] for data from N(mean, std^2)."""
-    return lambda x_t, sigma, y=None: mean + std ** 2 / (std ** 2 + sigma ** 2) * (x_t - mean)
+    return edm_denoiser(
+        lambda x_t, sigma, y=None: mean + std ** 2 / (std ** 2 + sigma ** 2) * (x_t - mean))
 
 
 def log_density(x, weights, means, variances):

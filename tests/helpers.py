@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from weights import checkpoint
 from base import errors
-from training import noise_pairs
 from edm_networks import EDMPrecond
-from presets import DIGITS_NETWORK, PMDD_SIGMAS
+from presets import DIGITS, PMDD_SIGMAS
+from weights import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -21,7 +20,7 @@ GOLDEN = ROOT / "tests" / "golden"
 def small_network(seed=0, **changes):
     """Random weights, but none so small that a layer could be left out unnoticed."""
     torch.manual_seed(seed)
-    network = EDMPrecond(**(DIGITS_NETWORK | {"model_channels": 16} | changes))
+    network = EDMPrecond(**(DIGITS.network | {"model_channels": 16} | changes))
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -37,10 +36,6 @@ def save_student(path, steps=3, dataset="digits", seed=0, **changes):
         "sigmas": list(PMDD_SIGMAS[:steps]), "network": network.config,
         "ema": network.state_dict()})
     return network
-
-
-def read_pairs(path):
-    return noise_pairs.read_npz(path, ("about",)), noise_pairs.map_npz(path, noise_pairs.PAIR, True)
 
 
 def call(monkeypatch, script, *args):

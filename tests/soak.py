@@ -20,14 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import faults
+import hostile_pickles
+from base import errors, files
 from faults import (GAN, ROOT, STAGE_1, Command, SmallDisk, differences, ended, finished, flags,
                     lost, one_line, outcome, until)
 from test_download import Server
-
 from weights import checkpoint
-from base import errors
-import hostile_pickles
-from training import run_folder
 
 KILLS, DAMAGES, STOPS, CASES = 30, 50, 5, 10_000
 ROOM = 4 << 30                          # bytes that all of the fuzzing may take more than it has
@@ -316,10 +314,10 @@ def main():
             print(f"  {record[name]}", flush=True)
     if not args.part:
         record |= {"seed": args.seed, "seconds": round(time.monotonic() - began),
-                   "versions": run_folder.versions() | {"python": sys.version.split()[0],
+                   "versions": files.versions() | {"python": sys.version.split()[0],
                                                      "hypothesis": version("hypothesis")}}
         text = json.dumps(record, indent=1) + "\n"
-        checkpoint.write_atomically(ROOT / "results" / "soak.json",
+        files.write_atomically(ROOT / "results" / "soak.json",
                                     lambda temporary: temporary.write_text(text))
     return 0
 

@@ -15,10 +15,12 @@ import zipfile
 import pytest
 import torch
 
+from base import files
+from base.errors import RunFailed, UserError
+from experiments import make_assets
+from helpers import small_network
 from weights import checkpoint
 from weights.checkpoint import DamagedCheckpoint, load, load_latest, save, save_latest
-from base.errors import RunFailed, UserError
-from helpers import small_network
 
 NUMBERS = {"iteration": 3, "sigmas": [80.0, 2.515], "best_fid": float("inf"),
            "fid": {"1": {"FID": 2.5}}, "dataset": "digits", "nothing": None, "flag": True}
@@ -33,9 +35,10 @@ def payload(seed=0):
     optimizer.step()
     return NUMBERS | {"iteration": seed, "ema": {
         "half": torch.randn(5).half(), "brain": torch.randn(5).bfloat16(),
-        "bytes": torch.arange(9).byte(), "double": torch.randn(2, 3).double(),
-        "empty": torch.zeros(0), "strided": torch.randn(4, 3).T, "scalar": torch.tensor(7),
+        "double": torch.randn(2, 3).double(), "empty": torch.zeros(0),
+        "strided": torch.randn(4, 3).T, "scalar": torch.tensor(7.0),
         "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])},
+        "others": {"bytes": torch.arange(9).byte(), "whole": torch.tensor(7)},
         "student": weights.state_dict(), "optimizers": [optimizer.state_dict()]}
 
 
@@ -257,8 +260,8 @@ def test_every_file_is_flushed_before_it_takes_its_name_and_the_folder_after(tmp
 # ---- A crash ----
 
 def crash_points(action):
-    """Fork; in the child die without a word at the n-th line of checkpoint.py, n = 1, 2, ... until
-    the action is over. Yields after each death."""
+    """Fork; in the child die without a word at the n-th line of what writes a checkpoint, n = 1, 2,
+    ... until the action is over. Yields after each death."""
     n, code = 0, 1
     while code:
         n += 1
@@ -267,7 +270,7 @@ def crash_points(action):
             left = [n]
 
             def trace(frame, event, argument, left=left):
-                if frame.f_code.co_filename != checkpoint.__file__:
+                if frame.f_code.co_filename not in (checkpoint.__file__, files.__file__):
                     return None
                 left[0] -= event == "line"
                 if left[0] <= 0:
@@ -390,7 +393,7 @@ def test_a_rename_that_fails_leaves_the_new_checkpoint_where_a_resumed_run_finds
 
 def test_a_folder_that_is_gone_or_cannot_be_written_fails_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(RunFailed, match="cannot write .*a.pt: No such file or directory"):
-        checkpoint.write_atomically(tmp_path / "gone" / "a.pt", lambda path: path.write_text(""))
+        files.write_atomically(tmp_path / "gone" / "a.pt", lambda path: path.write_text(""))
 
     # On a disk that has become read-only even the removal of the temporary file fails.
     def read_only(*args, **kwargs):
@@ -398,12 +401,12 @@ def test_a_folder_that_is_gone_or_cannot_be_written_fails_in_one_line(tmp_path, 
 
     monkeypatch.setattr(checkpoint.Path, "unlink", read_only)
     with pytest.raises(RunFailed, match="Read-only file system"):
-        checkpoint.write_atomically(tmp_path / "latest.pt", read_only)
+        files.write_atomically(tmp_path / "latest.pt", read_only)
 
 
 def test_what_is_no_fault_of_the_disk_is_not_hidden_and_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError):
-        checkpoint.write_atomically(tmp_path / "a", lambda path: path.write_text(str(1 / 0)))
+        files.write_atomically(tmp_path / "a", lambda path: path.write_text(str(1 / 0)))
     assert names(tmp_path) == []
 
 
@@ -459,7 +462,10 @@ def test_a_student_alone_is_what_sampling_needs_of_a_runs_best(tmp_path):
     kept = {"dataset": "digits", "method": "pmdd", "stage": 2, "sigmas": [80.0, 2.5],
             "network": network.config, "iteration": 9, "fid": {}, "ema": network.state_dict()}
     save(tmp_path / "best.pt", kept | {"adapted": network.state_dict(), "best_fid": 1.0})
-    checkpoint.main([str(tmp_path / "best.pt"), str(tmp_path / "student.pt")])
+    make_assets.main(["export", str(tmp_path / "best.pt"), str(tmp_path / "student.pt")])
     assert same(load(tmp_path / "student.pt"), {"format": checkpoint.FORMAT, **kept})
-    with pytest.raises(UserError, match="usage"):
-        checkpoint.main([str(tmp_path / "best.pt")])
+    for wrong in ([], ["export", "best.pt"], ["digits", "best.pt"], ["nothing"]):
+        with pytest.raises(UserError, match="usage"):
+            make_assets.main(wrong)
+    with pytest.raises(UserError, match="cannot write .*student.txt"):
+        make_assets.main(["export", str(tmp_path / "best.pt"), str(tmp_path / "student.txt")])

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from weights import checkpoint
-from training import run_folder
 from edm_networks import EDMPrecond
 from fid import read_reference, write_reference
 from hostile_pickles import network_pickle
 from metrics.inception import Inception
-from presets import CIFAR10_NETWORK
+from presets import CIFAR10
+from training import run_folder
+from weights import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = CIFAR10_NETWORK | {"model_channels": 8, "num_blocks": 1}          # DDPM++ at 32x32, RGB
+SMALL = CIFAR10.network | {"model_channels": 8, "num_blocks": 1}          # DDPM++ at 32x32, RGB
 
 
 @pytest.fixture

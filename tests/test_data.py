@@ -1,5 +1,6 @@
 """Real images as they are stored and published, and the teacher's noise-image pairs."""
 
+import hashlib
 import io
 import json
 import pickle
@@ -15,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from images import real
-from training import noise_pairs
-from base.errors import UserError
+from base import distributed
+from base.errors import RunFailed, UserError
 from helpers import small_network
-from models import SeededNoise, sample_heun
+from images import real
+from models import SeededNoise, classes_as_conditions, sample_heun
+from training import kept, noise_pairs
 
 
 def refused(source, *words):
@@ -44,7 +46,7 @@ def noise(shape, seed=0):
 
 def test_digits_are_the_published_grey_levels_spread_over_0_to_255():
     digits = real.open_images("digits")
-    assert len(digits) == 1797 and digits.shape == (1, 8, 8) and digits.label_dim == 10
+    assert len(digits) == 1797 and digits.shape == (1, 8, 8) and digits.classes == 10
     with np.load(real.DIGITS) as file:
         published, labels = file["images"], file["labels"]
     assert published.shape == (1797, 8, 8) and set(np.unique(published)) == set(range(17))
@@ -100,7 +102,7 @@ def test_cifar10_is_read_in_the_order_of_its_five_files_without_the_test_set(tmp
     for mode in ("w:gz", "w"):
         path = archive(tmp_path / f"archive.{mode[2:]}", members, mode)
         images = real.open_images(str(path))
-        assert len(images) == 20 and images.shape == (3, 32, 32) and images.label_dim == 10
+        assert len(images) == 20 and images.shape == (3, 32, 32) and images.classes == 10
         pixels, classes = images.take(range(20))
         assert np.array_equal(pixels.numpy(), np.concatenate([p[2] for p in parts.values()]))
         assert np.array_equal(classes.numpy(), np.concatenate([p[1] for p in parts.values()]))
@@ -196,22 +198,22 @@ FILES = {name: encoded(image, kind, **options) for name, image, (kind, options) 
 
 def test_a_folder_and_a_zip_hold_the_same_images_and_classes_in_the_order_of_names(tmp_path):
     classes = [3, 0, 7, 7, 1]
-    shuffled = [[n, c] for n, c in zip(NAMES, classes)][::-1] + [["gone.png", 99]]
+    shuffled = [[n, c] for n, c in zip(NAMES, classes)][::-1]
     files = FILES | {"dataset.json": labels_json(shuffled), "README.txt": b"no image"}
     for path in both(tmp_path, "set", files):
         images = real.open_images(str(path))
-        assert len(images) == 5 and images.shape == (3, 6, 4) and images.label_dim == 8
+        assert len(images) == 5 and images.shape == (3, 6, 4) and images.classes == 8
         pixels, labels = images.take(range(5))
         assert np.array_equal(pixels.permute(0, 2, 3, 1).numpy(), RGB)
         assert labels.tolist() == classes
         assert torch.equal(torch.cat([p for p, _ in images.batches(2)]), pixels)
 
 
-def test_images_without_classes_have_label_dim_zero_and_zeros(tmp_path):
+def test_images_without_classes_count_none_and_give_zeros(tmp_path):
     for i, more in enumerate(({}, {"dataset.json": b'{"labels": null}'})):
         for path in both(tmp_path, f"set{i}", FILES | more):
             images = real.open_images(str(path))
-            assert images.label_dim == 0 and images.take([1, 2])[1].tolist() == [0, 0]
+            assert images.classes == 0 and images.take([1, 2])[1].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("labels, message", [
@@ -223,6 +225,8 @@ def test_images_without_classes_have_label_dim_zero_and_zeros(tmp_path):
     (labels_json([[n, [0, 1]] for n in NAMES]), "the class [0, 1]"),
     (labels_json([[n, 2 ** 70] for n in NAMES]), f"the class {2 ** 70}"),
     (labels_json([]), "the class None"),
+    (labels_json([[n, 0] for n in [*NAMES, "gone.png"]]), "names gone.png, which is no image"),
+    (labels_json([[n, 0] for n in [*NAMES, "z.webp"]]), "names z.webp, twice"),
     (labels_json(5), "dataset.json is not"), (labels_json([["only"]]), "dataset.json is not"),
     (labels_json({"a": 1}), "dataset.json is not"), (b"[]", "dataset.json is not"),
     (b"{}", "dataset.json is not"), (b"{", "dataset.json is not"),
@@ -351,16 +355,16 @@ def test_a_picture_or_a_member_that_unpacks_to_a_huge_size_is_refused(tmp_path, 
 def test_images_must_be_what_the_network_makes(tmp_path):
     digits = real.open_images("digits")
 
-    def network(shape=(1, 8, 8), label_dim=10):
-        return SimpleNamespace(image_shape=shape, label_dim=label_dim)
+    def network(shape=(1, 8, 8), classes=10):
+        return SimpleNamespace(shape=shape, conditions=classes_as_conditions(classes))
 
     real.check_fits(digits, network())
-    real.check_fits(digits, network(label_dim=0))               # its classes are then not used
+    real.check_fits(digits, network(classes=0))               # its classes are then not used
     unlabelled = real.open_images(str(folder_of(tmp_path / "a", FILES)))
     for images, one, message in [
             (digits, network((3, 8, 8)), "digits has images of shape [1, 8, 8], the teacher makes "
                                          "[3, 8, 8]"),
-            (digits, network(label_dim=9), "digits has class 9, out of range: the teacher knows 0 "
+            (digits, network(classes=9), "digits has class 9, out of range: the teacher knows 0 "
                                            "to 8"),
             (unlabelled, network((3, 6, 4)), "has no classes")]:
         with pytest.raises(UserError) as caught:
@@ -371,6 +375,7 @@ def test_images_must_be_what_the_network_makes(tmp_path):
 # ---- The teacher's noise-image pairs ----
 
 CPU = torch.device("cpu")
+PARTS = [range(0, 4), range(4, 8), range(8, 10)]
 
 
 @pytest.fixture
@@ -379,10 +384,24 @@ def teacher(monkeypatch):
     return small_network(model_channels=8)
 
 
-def make(teacher, folder, count=10, steps=3, batch=2, stop=None):
+def open_pairs(teacher, folder, count=10, steps=3, batch=2, stop=None):
     folder.mkdir(exist_ok=True)
     stop = stop or SimpleNamespace(received=None)
     return noise_pairs.noise_image_pairs(teacher, count, steps, folder, batch, CPU, stop)
+
+
+def make(*args, **how):
+    """z, image, class of all the pairs."""
+    pairs = open_pairs(*args, **how)
+    return pairs.take(range(len(pairs)))
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_pair_is_the_noise_of_its_seed_and_what_the_teacher_makes_of_it(teacher, tmp_path):
@@ -390,7 +409,7 @@ def test_a_pair_is_the_noise_of_its_seed_and_what_the_teacher_makes_of_it(teache
     seeds = range(noise_pairs.FIRST_SEED, noise_pairs.FIRST_SEED + 10)
     drawn = SeededNoise(seeds, (1, 8, 8), CPU)
     assert seeds[0] > 100 * 50_000                              # no image that is scored
-    assert torch.equal(z, drawn()) and torch.equal(classes, drawn.classes(10))
+    assert torch.equal(z, drawn()) and torch.equal(classes, drawn.indices(10))
     one_hot = torch.nn.functional.one_hot(classes, 10).float()
     again = sample_heun(teacher, z, one_hot, steps=3)
     assert y.dtype == torch.float16 and y.std() > 0.05
@@ -409,6 +428,21 @@ def test_a_pair_depends_on_its_seed_alone(teacher, tmp_path):
     assert torch.equal(unlabelled[0], whole[0]) and not unlabelled[2].any()
 
 
+def test_pairs_are_taken_in_any_order_from_any_part(teacher, tmp_path):
+    pairs = open_pairs(teacher, tmp_path)
+    whole, chosen = pairs.take(range(10)), [9, 0, 4, 9, 7, 3]
+    assert len(pairs) == 10 and [len(part) for part in pairs.parts] == [4, 4, 2]
+    assert same(pairs.take(chosen), [x[chosen] for x in whole])
+
+
+def test_a_part_of_a_slow_sampler_has_fewer_pairs(teacher, tmp_path, monkeypatch):
+    whole = make(teacher, tmp_path / "a")
+    monkeypatch.setattr(noise_pairs, "PART_EVALUATIONS", 12)    # of 5 for each pair
+    pairs = open_pairs(teacher, tmp_path / "b")
+    assert [len(part) for part in pairs.parts] == [2] * 5
+    assert same(pairs.take(range(10)), whole)
+
+
 class Interrupted(BaseException):
     pass
 
@@ -417,73 +451,79 @@ class Interrupted(BaseException):
 def test_pairs_made_with_an_interruption_equal_those_made_in_one_go(
         teacher, tmp_path, monkeypatch, parts):
     whole = make(teacher, tmp_path / "whole")
-    real, made = noise_pairs.make_part, []
+    real, made = kept.write_part, []
 
-    def interrupted(teacher, seeds, *rest):
+    def interrupted(folder, part, rows):
         if len(made) == parts:
             raise Interrupted
-        made.append(seeds)
-        real(teacher, seeds, *rest)
+        made.append(part)
+        real(folder, part, rows)
 
     with monkeypatch.context() as patched:
-        patched.setattr(noise_pairs, "make_part", interrupted)
+        patched.setattr(kept, "write_part", interrupted)
         with pytest.raises(Interrupted):
             make(teacher, tmp_path / "twice")
     # What a killed process was writing stays behind, and counts for nothing.
-    (tmp_path / "twice" / "pairs" / ".8-9-3.npz.1.tmp").write_bytes(b"half a file")
+    left = tmp_path / "twice" / "pairs" / ".8-9-0123456789abcdef.npy.1.tmp"
+    left.write_bytes(b"half a file")
     remade = []
-    monkeypatch.setattr(noise_pairs, "make_part",
-                        lambda *args: (remade.append(args[1]), real(*args)))
-    twice = make(teacher, tmp_path / "twice")
-    assert made + remade == [range(0, 4), range(4, 8), range(8, 10)]
-    assert all(torch.equal(a, b) for a, b in zip(whole, twice))
-    assert files_below(tmp_path / "twice") == ["pairs.npz"]
-    assert (tmp_path / "twice" / "pairs.npz").read_bytes() == (
-        tmp_path / "whole" / "pairs.npz").read_bytes()
+    monkeypatch.setattr(kept, "write_part", lambda *args: (remade.append(args[1]), real(*args)))
+    assert same(whole, make(teacher, tmp_path / "twice")) and made + remade == PARTS
+    left.unlink()
+    assert contents(tmp_path / "twice" / "pairs") == contents(tmp_path / "whole" / "pairs")
+    assert len(contents(tmp_path / "whole" / "pairs")) == 4     # and about.json
 
 
 def test_a_signal_stops_it_after_a_part_which_is_kept(teacher, tmp_path, monkeypatch, capsys):
     whole = make(teacher, tmp_path / "whole")
-    stop, real, made = SimpleNamespace(received=None), noise_pairs.make_part, []
+    stop, real, made = SimpleNamespace(received=None), kept.write_part, []
 
-    def signalled(teacher, seeds, *rest):
-        made.append(seeds)
-        real(teacher, seeds, *rest)
+    def signalled(folder, part, rows):
+        made.append(part)
+        real(folder, part, rows)
         stop.received = "SIGTERM" if len(made) == 2 else None
 
-    monkeypatch.setattr(noise_pairs, "make_part", signalled)
+    monkeypatch.setattr(kept, "write_part", signalled)
     with pytest.raises(SystemExit) as left:
         make(teacher, tmp_path / "a", stop=stop)
     assert left.value.code == 3 and "the same command goes on" in capsys.readouterr().out
-    assert all(torch.equal(a, b) for a, b in zip(whole, make(teacher, tmp_path / "a")))
-    assert made == [range(0, 4), range(4, 8), range(8, 10)]
+    assert same(whole, make(teacher, tmp_path / "a")) and made == PARTS
 
 
-def test_parts_left_by_a_run_that_wanted_fewer_pairs_are_not_taken_for_whole(
-        teacher, tmp_path, monkeypatch):
-    def before_joining(*args):
-        raise Interrupted
-
-    with monkeypatch.context() as patched:
-        patched.setattr(noise_pairs, "join_parts", before_joining)
-        with pytest.raises(Interrupted):
-            make(teacher, tmp_path / "a", count=6)              # parts of 4 and 2
-    more = make(teacher, tmp_path / "a", count=12)
-    assert all(torch.equal(x, y) for x, y in zip(more, make(teacher, tmp_path / "b", count=12)))
-
-
-def test_pairs_are_kept_and_used_again_and_never_for_another_count_or_another_sampler(
+def test_pairs_are_kept_and_used_again_and_never_for_what_would_make_others(
         teacher, tmp_path, monkeypatch):
     first = make(teacher, tmp_path)
-    stamp = (tmp_path / "pairs.npz").stat().st_mtime_ns
+    before = contents(tmp_path / "pairs")
     with monkeypatch.context() as patched:
-        patched.setattr(noise_pairs, "make_part", None)                # nothing may be made
-        assert all(torch.equal(a, b) for a, b in zip(first, make(teacher, tmp_path)))
-    for other in (dict(count=11), dict(steps=4)):
-        with pytest.raises(UserError, match="move it away to make new pairs") as caught:
-            make(teacher, tmp_path, **other)
-        assert '"count": 10' in str(caught.value) and "pairs.npz" in str(caught.value)
-    assert (tmp_path / "pairs.npz").stat().st_mtime_ns == stamp
+        patched.setattr(noise_pairs, "make_pairs", None)               # nothing may be made
+        assert same(first, make(teacher, tmp_path, batch=3))
+    other_teacher = small_network(seed=1, model_channels=8)
+    for network, how, said in ((teacher, dict(count=11), "'count': 10"),
+                               (teacher, dict(steps=4), "'steps': 3"),
+                               (other_teacher, {}, "'teacher': ")):
+        with pytest.raises(UserError, match="move it away to make it anew") as caught:
+            make(network, tmp_path, **how)
+        assert said in str(caught.value) and str(tmp_path / "pairs") in str(caught.value)
+    monkeypatch.setattr(noise_pairs, "FIRST_SEED", 7)
+    with pytest.raises(UserError, match="'first_seed': 1000000000"):
+        make(teacher, tmp_path)
+    assert contents(tmp_path / "pairs") == before
+
+
+def test_parts_left_by_a_run_that_wanted_fewer_pairs_are_refused(teacher, tmp_path, monkeypatch):
+    real = kept.write_part
+
+    def one_part(folder, part, rows):
+        if part[0]:
+            raise Interrupted
+        real(folder, part, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(kept, "write_part", one_part)
+        with pytest.raises(Interrupted):
+            make(teacher, tmp_path, count=6)                    # parts of 4 and 2
+    with pytest.raises(UserError, match="this run wants .*'count': 12"):
+        make(teacher, tmp_path, count=12)
 
 
 def bomb(folder):
@@ -495,35 +535,6 @@ def bomb(folder):
     return pickle.dumps(Explodes())
 
 
-def test_a_damaged_file_of_pairs_says_to_move_it_away_and_runs_nothing(teacher, tmp_path):
-    make(teacher, tmp_path, count=4)
-    path = tmp_path / "pairs.npz"
-    whole = path.read_bytes()
-    array = io.BytesIO()
-    np.save(array, np.zeros(3))
-    objects = zip_of(tmp_path / "objects", {
-        "about.npy": bomb_array(tmp_path), **{f"{k}.npy": array.getvalue() for k in ("z", "y")}})
-    damaged = [b"", whole[:len(whole) // 2], b"PK" + bytes(50), array.getvalue(), bomb(tmp_path),
-               objects.read_bytes(), objects.read_bytes()[:-30]]
-    random_ = random.Random(0)
-    for _ in range(200):
-        flipped = bytearray(whole)
-        flipped[random_.randrange(len(whole))] ^= 1 << random_.randrange(8)
-        damaged.append(flipped)
-    right = make(teacher, tmp_path, count=4)
-    survived = 0
-    for content in damaged:
-        path.write_bytes(content)
-        try:
-            pairs = make(teacher, tmp_path, count=4)
-        except UserError as error:
-            assert "pairs.npz" in str(error) and "move it away" in str(error)
-        else:                                                   # a date, an attribute: no content
-            survived += 1
-            assert all(torch.equal(a, b) for a, b in zip(pairs, right))
-    assert survived < 100 and not (tmp_path / "exploded").exists()
-
-
 def bomb_array(folder):
     """An .npy of objects, whose pickle makes a file when it is run."""
     head = io.BytesIO()
@@ -531,48 +542,78 @@ def bomb_array(folder):
     return head.getvalue() + bomb(folder)
 
 
-def test_a_damaged_part_says_to_move_it_away(teacher, tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(noise_pairs.distributed, "barrier",
-                        lambda: (_ for _ in ()).throw(Interrupted()))
-        with pytest.raises(Interrupted):
+def test_a_damaged_part_says_to_move_it_away_and_runs_nothing_and_is_made_again(teacher, tmp_path):
+    right = make(teacher, tmp_path)
+    (path,) = (tmp_path / "pairs").glob("4-7-*.npy")
+    whole = path.read_bytes()
+    damaged = [b"", whole[:-1], whole[:len(whole) // 2], whole + b"\0", bomb(tmp_path),
+               bomb_array(tmp_path)]
+    random_ = random.Random(0)
+    for position in [*range(0, 128, 7), *random_.sample(range(len(whole)), 100)]:
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << random_.randrange(8)
+        damaged.append(flipped)
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="4-7-.* is damaged .* move it away") as caught:
             make(teacher, tmp_path)
-    (part,) = (tmp_path / "pairs").glob("4-7-*-3-*.npz")
-    content = part.read_bytes()
-    part.write_bytes(content[:-40])
-    with pytest.raises(UserError, match="4-7-.* is damaged .* move it away, it will be made"):
-        make(teacher, tmp_path)
-    part.unlink()
-    pairs = make(teacher, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(pairs, make(teacher, tmp_path / "other")))
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    path.rename(tmp_path / "away")
+    assert same(right, make(teacher, tmp_path)) and path.read_bytes() == whole
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_part_with_a_right_name_and_objects_in_it_is_refused_and_runs_nothing(teacher, tmp_path):
+    make(teacher, tmp_path)
+    (path,) = (tmp_path / "pairs").glob("4-7-*.npy")
+    path.unlink()
+    for content in (bomb(tmp_path), bomb_array(tmp_path)):
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        path = tmp_path / "pairs" / f"4-7-{digest}.npy"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="4-7-.* is damaged"):
+            make(teacher, tmp_path)
+        path.unlink()
+    assert not (tmp_path / "exploded").exists()
 
 
 def test_two_processes_share_the_parts_and_make_the_same_pairs(teacher, tmp_path, monkeypatch):
     alone = make(teacher, tmp_path / "alone")
-    real, made = noise_pairs.make_part, {0: [], 1: []}
-    monkeypatch.setattr(noise_pairs.distributed, "world_size", lambda: 2)
+    real, made = kept.write_part, {0: [], 1: []}
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
 
-    class AtTheBarrier(BaseException):
-        pass
+    def as_rank(rank, at_barrier):
+        """Up to where this rank has made its parts, and its barrier says what comes then."""
+        waits = []
 
-    for rank in (1, 0):                         # the second rank first, up to where it waits
-        def part(*args, mine=made[rank]):
-            mine.append(args[1])
+        def part(*args):
+            made[rank].append(args[1])
             real(*args)
 
-        def barrier(rank=rank):
-            if rank:
-                raise AtTheBarrier
+        monkeypatch.setattr(kept, "write_part", part)
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "barrier",
+                            lambda: waits.append(None) or at_barrier(len(waits)))
+        return make(teacher, tmp_path / "shared")
 
-        monkeypatch.setattr(noise_pairs, "make_part", part)
-        monkeypatch.setattr(noise_pairs.distributed, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(noise_pairs.distributed, "barrier", barrier)
-        if rank:
-            with pytest.raises(AtTheBarrier):
-                make(teacher, tmp_path / "shared")
-    shared = make(teacher, tmp_path / "shared")
-    assert made == {0: [range(0, 4), range(8, 10)], 1: [range(4, 8)]}
-    assert all(torch.equal(a, b) for a, b in zip(alone, shared))
+    def until_both_have_made(waits):
+        if waits == 2:
+            raise Interrupted
+
+    for rank in (0, 1):
+        with pytest.raises(Interrupted):
+            as_rank(rank, until_both_have_made)
+    assert made == {0: [PARTS[0], PARTS[2]], 1: [PARTS[1]]}
+    for rank in (0, 1):
+        assert same(alone, as_rank(rank, lambda waits: None))
+    assert made == {0: [PARTS[0], PARTS[2]], 1: [PARTS[1]]}     # nothing anew
+    assert contents(tmp_path / "shared" / "pairs") == contents(tmp_path / "alone" / "pairs")
+
+
+def test_a_folder_that_cannot_be_made_ends_the_run_in_one_line(teacher, tmp_path):
+    (tmp_path / "pairs").write_text("")
+    with pytest.raises(RunFailed, match="cannot make .*pairs: File exists"):
+        make(teacher, tmp_path)
 
 
 def test_no_reader_of_images_or_pairs_asks_pickle_for_anything(teacher, tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from base import download
-from weights import pretrained
 from base.download import PUBLISHED, PublishedFile
 from base.errors import UserError
+from weights import pretrained
 
 BODY = b"\x80\x04" + np.random.default_rng(0).bytes(1_000_000) + b"."
 OTHER = b"\x80\x04" + np.random.default_rng(1).bytes(1_000_000) + b"."

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers import call, save_student, small_network, torchrun
 
 import evaluate
-from metrics import evaluations
-from metrics import judge
-from weights import opening
 import sample
+from base import files
+from helpers import call, save_student, small_network, torchrun
 from images.real import open_images
+from metrics import evaluations, judge
 from metrics.digits_classifier import load_digits_network
 from models import sample_heun, sample_seeds, sample_student, to_uint8
 from presets import PMDD_SIGMAS
@@ -42,7 +41,7 @@ def by_hand(images, classes):
     """digits-FID and share of correct class of all images at once, by the textbook."""
     features, logits = load_digits_network()(images)
     features = features.double().numpy()
-    with np.load(opening.ASSETS / "digits-reference.npz") as file:
+    with np.load(files.ASSETS / "digits-reference.npz") as file:
         mean, covariance = file["mu"], file["sigma"]
     own = np.cov(features, rowvar=False)
     root = scipy.linalg.sqrtm(own @ covariance).real
@@ -66,6 +65,23 @@ def test_figures_are_those_of_the_images_that_the_network_makes(student, monkeyp
         assert entry["figures"]["digits-FID"]["mean"] == pytest.approx(fid, rel=1e-4)
         assert entry["figures"]["right_class"]["mean"] == pytest.approx(share, abs=1 / 300)
         assert entry["figures"].keys() == {"digits-FID", "right_class"}
+
+
+def test_churn_is_in_the_images_and_in_the_protocol(student, monkeypatch):
+    flags = ["--checkpoint", "teacher.pt", "--teacher", "--heun", 3, "--n", 100]
+    for churn in ([], ["--churn", 40, 0.05, 50, 1.003], ["--churn", 5]):
+        assert call(monkeypatch, evaluate, *flags, *churn) == 0
+    assert [entry["protocol"]["sampler"] for entry in entries()] == [
+        "EDM Alg. 2, no churn",
+        "EDM Alg. 2, S_churn, S_tmin, S_tmax, S_noise = [40.0, 0.05, 50.0, 1.003]",
+        "EDM Alg. 2, S_churn, S_tmin, S_tmax, S_noise = [5.0]"]
+    options = ({}, dict(churn=40, churn_min=0.05, churn_max=50, churn_noise=1.003), dict(churn=5))
+    found = [entry["digits-FID"][0] for entry in values()]
+    for value, how in zip(found, options, strict=True):
+        images, classes = sample_seeds(small_network(seed=1), range(100),
+                                       partial(sample_heun, steps=3, **how))
+        assert value == pytest.approx(by_hand(to_uint8(images), classes)[0], rel=1e-4)
+    assert len(set(found)) == 3
 
 
 def test_repeats_are_blocks_of_seeds(student, monkeypatch):
@@ -105,7 +121,8 @@ def test_folder_zip_and_npz_score_as_the_student_that_made_them(student, monkeyp
 class SmallFeatures(torch.nn.Module):
     """In Inception's place: a few features of RGB images, and 1008 logits."""
 
-    name, dimensions, sha256, logit_bias = "small", 6, "0" * 64, torch.linspace(0, 9, 1008)
+    name, metric, knows_classes, dimensions, sha256 = "small", "FID", False, 6, "0" * 64
+    logit_bias = torch.linspace(0, 9, 1008)
 
     def forward(self, images):
         means = images.float().reshape(len(images), 6, -1).mean(2)
@@ -174,8 +191,8 @@ def test_a_record_names_every_file_that_the_figure_depends_on(student, monkeypat
     entry = entries()[0]
     protocol = entry["protocol"]
     assert protocol["source"] == {"file": "student.pt", "sha256": digest("student.pt")}
-    assert protocol["reference"]["sha256"] == digest(opening.ASSETS / "digits-reference.npz")
-    assert protocol["features"]["sha256"] == digest(opening.ASSETS / "digits-features.pt")
+    assert protocol["reference"]["sha256"] == digest(files.ASSETS / "digits-reference.npz")
+    assert protocol["features"]["sha256"] == digest(files.ASSETS / "digits-features.pt")
     assert protocol["seeds"] == ["0-99"] and protocol["labels"].startswith("balanced")
     assert "truncated" in protocol["rounding"] and protocol["precision"] == "fp32"
     assert entry["environment"]["torch"] == torch.__version__
@@ -247,7 +264,8 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--table none.json", "--table foreign.json", "--table good", "--n many", "--unknown",
        "--checkpoint student.pt --precision-recall --data colour",
        "--images colour --dataset digits", "--checkpoint student.pt --out good",
-       "--checkpoint student.pt --out good --force", "--n 100000001"]
+       "--checkpoint student.pt --out good --force", "--n 100000001",
+       "--churn -1", "--churn 40 0.05", "--churn nan"]
 
 
 def fill(folder, *images):

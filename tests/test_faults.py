@@ -4,6 +4,7 @@
 test_checkpoint.py, test_options.py, test_download.py, test_pretrained.py, test_data.py.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -11,32 +12,29 @@ import random
 import re
 import shutil
 import stat
-import struct
 import tarfile
 import threading
 import time
 import tracemalloc
 import zipfile
 
-import faults
-import hostile_pickles
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+import faults
+import fid
+import hostile_pickles
+from base.errors import UserError
+from experiments import readme
 from faults import (GAN, ROOT, STAGE_1, Command, SmallDisk, Watched, differences, ended, finished,
                     flags, lost, one_line, outcome, until)
-from helpers import read_pairs, save_student
-from PIL import Image
+from helpers import save_student
+from images import real, sets
 from test_download import Server
-
-from weights import checkpoint
-from images import real
-import fid
-from images import sets
-from training import noise_pairs
-from experiments import readme
-from weights import pretrained
-from base.errors import UserError
+from training import kept
+from weights import checkpoint, pretrained
 
 
 @pytest.fixture(scope="module")
@@ -342,8 +340,7 @@ def test_the_scan_of_the_sources_finds_what_it_is_for():
 
 
 def test_no_source_reads_a_pickle_or_unpacks_an_archive_but_by_the_safe_ways():
-    sources = [*ROOT.glob("*.py"), *(path for room in readme.ROOMS if room
-                                     for path in (ROOT / room).glob("*.py"))]
+    sources = [path for room in ("", *readme.ROOMS) for path in (ROOT / room).glob("*.py")]
     assert {"checkpoint.py", "pretrained.py", "real.py", "fid.py", "measure_fid_speed.py"} <= {
         path.name for path in sources}
     found = [line for path in sources
@@ -409,9 +406,6 @@ READERS = {
                       fid.read_reference),
     "images in an npz": (hostile_zip, "a.npz", {"arr_0.npy": array_bytes(
         np.zeros((2, 8, 8, 1), np.uint8))}, lambda path: sets.open_npz(path).take([0, 1])),
-    "pairs": (hostile_zip, "pairs.npz", {f"{name}.npy": array_bytes(np.zeros((2, 1, 8, 8)))
-                                         for name in ("about", "z", "y", "classes")},
-              read_pairs),
 }
 
 
@@ -461,52 +455,33 @@ def test_watching_notices_what_is_written_outside(tmp_path):
 
 # ---- Noise-image pairs ----
 
-def test_pairs_cost_the_memory_of_one_part_to_join_and_none_to_open(tmp_path):
+def test_pairs_cost_the_memory_of_one_part_to_check_and_none_to_hold(tmp_path):
     count, size = 16, 2048
-    files = []
-    for number in range(count):
-        files.append(tmp_path / f"{number}.npz")
-        z = np.random.default_rng(number).standard_normal((size, 1, 8, 8)).astype(np.float32)
-        checkpoint.write_arrays(files[-1], z=z, y=z.astype(np.float16),
-                              classes=np.arange(size) + number)
-    part, path = size * (64 * 6 + 8), tmp_path / "pairs.npz"
+    parts = [range(k * size, (k + 1) * size) for k in range(count)]
+    for number, part in enumerate(parts):
+        rows = np.zeros(size, [("z", np.float32, (1, 8, 8)), ("image", np.float16, (1, 8, 8)),
+                               ("index", np.int64)])
+        rows["z"] = np.random.default_rng(number).standard_normal((size, 1, 8, 8))
+        rows["image"], rows["index"] = rows["z"], np.arange(size) + number
+        content = array_bytes(rows)
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        (tmp_path / f"{part[0]}-{part[-1]}-{digest}.npy").write_bytes(content)
     tracemalloc.start()
     try:
-        noise_pairs.join_parts(path, np.array("about"), files, count * size)
-        joining = tracemalloc.get_traced_memory()[1]
+        pairs = kept.Rows([kept.open_part(tmp_path, part) for part in parts], size)
+        held, opening = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
-        z, y, classes = noise_pairs.map_npz(path, noise_pairs.PAIR, verify=False)
-        opening = tracemalloc.get_traced_memory()[1]
+        z, image, classes = pairs.take(range(0, count * size, size))
+        taking = tracemalloc.get_traced_memory()[1] - held
     finally:
         tracemalloc.stop()
-    assert path.stat().st_size > count * part and joining < 4 * part and opening < part / 2
-    assert all(x.flags.aligned and x.ctypes.data % noise_pairs.ALIGNED == 0
-               for x in (z, y, classes))
-    with np.load(path, allow_pickle=False) as file:             # numpy reads it as well
-        assert str(file["about"]) == "about"
-        assert all(np.array_equal(file[name], x)
-                   for name, x in zip(noise_pairs.PAIR, (z, y, classes)))
-    assert np.array_equal(classes[::size], np.arange(count))
-
-
-def test_pairs_of_another_layout_are_read_or_refused(tmp_path):
-    arrays = {"z": np.ones((3, 1, 2, 2), np.float32), "y": np.ones((3, 1, 2, 2), np.float16),
-              "classes": np.arange(3)}
-    path = tmp_path / "pairs.npz"
-    checkpoint.write_arrays(path, **arrays)               # not aligned: an older version's
-    for name, x in zip(noise_pairs.PAIR, noise_pairs.map_npz(path, noise_pairs.PAIR, verify=True)):
-        assert np.array_equal(x, arrays[name]) and x.flags.aligned
-    np.savez_compressed(path, **arrays)
-    with pytest.raises(UserError, match="pairs.npz is damaged .*compressed.* move it away"):
-        noise_pairs.map_npz(path, noise_pairs.PAIR, verify=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in noise_pairs.PAIR:
-            content = io.BytesIO()
-            np.lib.format.write_array_header_1_0(
-                content, {"descr": "|O", "fortran_order": False, "shape": (2,)})
-            archive.writestr(f"{name}.npy", content.getvalue() + struct.pack("<2Q", 1, 2))
-    with pytest.raises(UserError, match="holds objects"):       # addresses of the file's choosing
-        noise_pairs.map_npz(path, noise_pairs.PAIR, verify=True)
+    assert len(pairs) == count * size and all(isinstance(p, np.memmap) for p in pairs.parts)
+    assert opening < 1.5 * rows.nbytes and held < rows.nbytes / 10 and taking < rows.nbytes / 10
+    assert torch.equal(classes, torch.arange(count))
+    assert torch.equal(image, z.half()) and z.std() > 0.9
+    for array in (z, image, classes):               # the file is only read
+        array.zero_()
+    assert pairs.take([1])[0].any()
 
 
 def test_the_embedded_digits_say_how_to_bring_them_back(tmp_path, monkeypatch):
@@ -516,15 +491,6 @@ def test_the_embedded_digits_say_how_to_bring_them_back(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="digits.npz is damaged .* git checkout") as caught:
             real.open_images("digits")
         assert "\n" not in str(caught.value)
-
-
-# ---- What the README says of it ----
-
-def test_every_test_that_the_readme_names_is_there():
-    table = (ROOT / "README.md").read_text().partition("## What agrees with what")[2]
-    names = re.findall(r"`(test_\w+)`", table.partition("\n## ")[0])
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert len(names) >= 8 and all(f"def {name}(" in sources for name in names), names
 
 
 def test_a_student_can_be_drawn_from_a_folder_that_was_moved(tmp_path):

@@ -1,14 +1,15 @@
 """The losses against exact denoisers: closed forms and quadrature, no Monte Carlo."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
-from gaussians import (column, four_corners, full, gaussian_denoiser, hermite, hermite_image,
-                       log_density, mixture_denoiser, score)
-from helpers import small_network
 from torch import nn
 
+from gaussians import (column, edm_denoiser, four_corners, full, gaussian_denoiser, hermite,
+                       hermite_image, log_density, mixture_denoiser, score)
+from helpers import small_network
 from losses import (denoising_loss, dm_loss, edm_loss, gan_adapted_loss, gan_student_loss,
                     mean_error, regression_loss, sid_loss, unforget_loss)
 from models import AdaptedWithHead, denoise_together, sample_heun
@@ -242,7 +243,8 @@ def test_the_normaliser_is_the_mean_absolute_error_and_at_least_1e_5():
 
 @pytest.mark.parametrize("loss, networks", [
     (dm_loss, ("teacher", "adapted")), (partial(sid_loss, alpha=1.2), ("teacher", "adapted")),
-    (denoising_loss, ("adapted",)), (edm_loss, ("teacher",)),
+    (partial(denoising_loss, sigma_data=0.5), ("adapted",)),
+    (partial(edm_loss, sigma_data=0.5), ("teacher",)),
     (gan_student_loss, ("discriminator",))])
 def test_each_network_is_asked_once_about_the_noised_images_and_their_labels(loss, networks):
     x0, sigma, eps = images()
@@ -256,7 +258,6 @@ def test_each_network_is_asked_once_about_the_noised_images_and_their_labels(los
     assert [name for name, *_ in calls] == list(networks)
     for _, x_t, asked, y in calls:
         assert torch.equal(x_t, x0 + sigma * eps) and asked is sigma and y is labels
-
 
 
 @pytest.fixture
@@ -324,7 +325,7 @@ def test_an_adapted_loss_reaches_the_adapted_network_and_no_weight_of_the_studen
     teacher, student, adapted, inputs = networks
     x0, sigma, eps, y = inputs
     adapted.requires_grad_(True)
-    denoising_loss(x0, sigma, eps, y, adapted=adapted).backward()
+    denoising_loss(x0, sigma, eps, y, adapted=adapted, sigma_data=0.5).backward()
     assert gradients(adapted.network) == weights(adapted.network) and untouched(adapted.head)
     gan_adapted_loss(x0, normal(3, 1, 8, 8, seed=5), sigma, eps, sigma, eps, y, y,
                      discriminator=partial(adapted, output="logits")).backward()
@@ -341,7 +342,7 @@ def test_the_exact_denoiser_of_gaussian_data_has_no_denoising_gradient_and_a_nea
     shift = (0.3 * (1 - slope.detach())).requires_grad_()
 
     def steepness(change):
-        loss = denoising_loss(x0, sigma, eps, None,
+        loss = denoising_loss(x0, sigma, eps, None, sigma_data=0.5,
                               adapted=lambda x, s, y: (slope + change) * x + shift)
         return torch.stack(torch.autograd.grad(loss, [slope, shift])).abs().max()
 
@@ -357,14 +358,15 @@ def test_the_exact_denoiser_of_a_mixture_has_no_denoising_gradient_in_any_direct
         return TEACHER(x, sigma) + amount * direction(x)
 
     for share, mean, std in zip(*MIXTURE.values()):
-        loss = denoising_loss(mean + std * z, full(0.8), eps, None, adapted=nearby)
+        loss = denoising_loss(mean + std * z, full(0.8), eps, None, adapted=nearby,
+                              sigma_data=0.5)
         each = share * weights * gradient(loss, amount)
         assert each.sum().abs() > 0.01                           # zero for no component by itself
         total += each.sum()
     assert abs(total) < 1e-8
 
 
-@pytest.mark.parametrize("sigma_data", [0.5, 0.3])
+@pytest.mark.parametrize("sigma_data", [0.5, 0.3, 1.0])
 def test_denoising_and_edm_loss_carry_edms_weight_of_table_1(sigma_data):
     x0, sigma, eps = images()
     expected = ((sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2).mean()
@@ -375,7 +377,20 @@ def test_denoising_and_edm_loss_carry_edms_weight_of_table_1(sigma_data):
     for loss in (partial(denoising_loss, adapted=off_by_one),
                  partial(edm_loss, teacher=off_by_one)):
         torch.testing.assert_close(loss(x0, sigma, eps, None, sigma_data=sigma_data), expected)
-        torch.testing.assert_close(loss(x0, sigma, eps, None), (4 + sigma ** -2).mean())  # 0.5
+        with pytest.raises(TypeError, match="sigma_data"):      # no network's is guessed
+            loss(x0, sigma, eps, None)
+
+
+def test_denoising_without_the_data_weight_is_the_error_in_epsilon_and_with_one_that_in_v():
+    x0, sigma, eps = images()
+    x0 = x0.detach()
+    alpha, x_t = (1 + sigma ** 2) ** -0.5, x0 + sigma * eps     # alpha x_t keeps the variance
+    v, denoised = alpha * (eps - sigma * x0), ADAPTED(x_t, sigma)
+    eps_predicted = (x_t - denoised) / sigma
+    v_predicted = alpha * (eps_predicted - sigma * denoised)
+    loss = partial(denoising_loss, x0, sigma, eps, None, adapted=ADAPTED)
+    torch.testing.assert_close(loss(sigma_data=math.inf), (eps_predicted - eps).square().mean())
+    torch.testing.assert_close(loss(sigma_data=1.0), (v_predicted - v).square().mean())
 
 
 # ---- Unforget ----
@@ -470,8 +485,9 @@ LOSSES = {
     "dm": lambda x0, s, e, r: dm_loss(x0, s, e, None, **EXACT),
     "dm-sigma": lambda x0, s, e, r: dm_loss(x0, s, e, None, **EXACT, weighting="sigma"),
     "sid": lambda x0, s, e, r: sid_loss(x0, s, e, None, **EXACT, alpha=1.2),
-    "denoising": lambda x0, s, e, r: denoising_loss(x0, s, e, None, adapted=ADAPTED),
-    "edm": lambda x0, s, e, r: edm_loss(x0, s, e, None, teacher=TEACHER),
+    "denoising": lambda x0, s, e, r: denoising_loss(
+        x0, s, e, None, adapted=ADAPTED, sigma_data=0.5),
+    "edm": lambda x0, s, e, r: edm_loss(x0, s, e, None, teacher=TEACHER, sigma_data=0.5),
     "unforget": lambda x0, s, e, r: unforget_loss([x0, 2 * x0], [r, e]),
     "gan-student": lambda x0, s, e, r: gan_student_loss(
         x0, s, e, None, discriminator=linear_discriminator([])),
@@ -511,6 +527,7 @@ def squared_distance(a, b):
 
 def matrix_denoiser(mean, covariance):
     """E[x0 | x_t] for data [B,2,1,1] from a Gaussian in the plane."""
+    @edm_denoiser
     def denoise(x_t, sigma, y=None):
         total = covariance + sigma[:, :, 0] ** 2 * torch.eye(2).double()        # [B,2,2]
         centred = x_t[..., 0] - mean[:, None]                                   # [B,2,1]
@@ -567,7 +584,7 @@ def test_dm_with_an_adapted_network_that_learns_beside_it_reaches_the_teachers_g
             dm_loss(x0, sigma, eps, None, teacher=teacher, adapted=adapted).backward()
             student_opt.step()
             student_opt.zero_grad()
-        denoising_loss(x0, sigma, eps, None, adapted=adapted).backward()
+        denoising_loss(x0, sigma, eps, None, adapted=adapted, sigma_data=0.5).backward()
         adapted_opt.step()
         adapted_opt.zero_grad()
     assert [mean.item(), std.item()] == pytest.approx([1.0, 0.5], abs=1e-3)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metrics import lpips
 from base.errors import UserError
+from metrics import lpips
 from metrics.lpips import LPIPS, load_lpips
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "lpips.npz", allow_pickle=False)

@@ -1,22 +1,39 @@
 """Noise levels, samplers, roll-out, GAN head and moving average."""
 
+import copy
 import math
 from functools import partial
 
 import pytest
 import torch
-from gaussians import full, gaussian_denoiser, mixture_denoiser
-from helpers import small_network
 from torch import nn
 
-from models import (AdaptedWithHead, GANHead, denoise_together, first_sigmas, from_uint8, karras,
-                    karras_grid, level, roll_out, sample_every_step, sample_heun, sample_seeds,
-                    sample_student, sigma_dm, sigma_grid, sigma_lognormal, sigma_sid, to_uint8,
-                    update_ema)
+from gaussians import full, gaussian_denoiser, mixture_denoiser
+from helpers import small_network
+from models import (KARRAS, LOSSES, AdaptedWithHead, Conditions, GANHead, Guided, Levels,
+                    classes_as_conditions, denoise_together, from_uint8, karras, level, roll_out,
+                    sample_every_step, sample_heun, sample_seeds, sample_student, sigma_dm,
+                    sigma_grid, sigma_lognormal, sigma_sid, sigma_trained, to_uint8, update_ema)
 from presets import EQUAL_WIDTH_SIGMAS, PMDD_SIGMAS
 
-SAMPLERS = (sigma_grid, sigma_dm, sigma_sid, sigma_lognormal)
+SAMPLERS = (sigma_grid, sigma_dm, sigma_sid, sigma_lognormal, sigma_trained)
 SIGMAS = PMDD_SIGMAS
+
+# Of a network trained in variance-preserving form on 200 levels: sigma from 0.01 to about 10, its
+# first input at unit variance, shares of the way spread by index.
+BETAS = torch.linspace(1e-4, 0.045, 200, dtype=torch.float64)
+VP_TABLE = (1 / (1 - BETAS).cumprod(0) - 1).sqrt()
+
+
+def vp_at(share):
+    """Between two levels of the table, in a straight line."""
+    place = torch.as_tensor(share, dtype=torch.float64) * 199
+    below = place.floor().long().clamp(0, 198)
+    sigma = VP_TABLE[below] + (place - below) * (VP_TABLE[below + 1] - VP_TABLE[below])
+    return sigma if torch.is_tensor(share) else sigma.item()
+
+
+VP = Levels(VP_TABLE, vp_at, lambda sigma: math.sqrt(1 + sigma ** 2), sigma_grid)
 
 
 def seeded(seed=0):
@@ -36,7 +53,7 @@ def fraction(sigma):
 # ---- Noise levels ----
 
 def test_the_karras_grid_runs_from_0_002_to_80_in_equal_steps_of_sigma_to_the_one_seventh():
-    grid = karras_grid()
+    grid = KARRAS.table
     assert grid.shape == (1000,) and grid.dtype == torch.float64
     assert [grid[0].item(), grid[-1].item()] == pytest.approx([0.002, 80], rel=1e-12)
     expected = torch.arange(1000).double() / 999
@@ -54,9 +71,9 @@ def test_the_schedules_of_pmdd_have_their_printed_values():
 @pytest.mark.parametrize("sampler, first, last", [(sigma_grid, 0, 999), (sigma_dm, 20, 980)])
 def test_levels_are_uniform_over_exactly_their_range_of_the_grid(sampler, first, last):
     draws = 400_000
-    sigma = sampler(draws, seeded()).flatten()
+    sigma = sampler(KARRAS, draws, seeded()).flatten()
     index = (fraction(sigma) * 999).round().long()
-    assert torch.equal(sigma, karras_grid().float()[index])
+    assert torch.equal(sigma, KARRAS.table.float()[index])
     counts = index.bincount(minlength=1000)
     assert counts[:first].sum() == counts[last + 1:].sum() == 0
     inside, expected = counts[first:last + 1].double(), draws / (last + 1 - first)
@@ -65,8 +82,23 @@ def test_levels_are_uniform_over_exactly_their_range_of_the_grid(sampler, first,
     assert abs(chi_square - 1) < 5 * math.sqrt(2 / len(inside))
 
 
+@pytest.mark.parametrize("low, high, first, last", [
+    (0.0, 1.0, 0, 199), (0.02, 0.98, 4, 196), (0.25, 0.25, 50, 50), (1.0, 1.0, 199, 199)])
+def test_a_range_of_levels_is_its_share_of_any_table(low, high, first, last):
+    sigma = sigma_grid(VP, 20_000, seeded(), low, high).flatten()
+    assert sigma.unique().tolist() == VP_TABLE[first:last + 1].float().tolist()
+    if (low, high) == (0.02, 0.98):
+        assert torch.equal(sigma, sigma_dm(VP, 20_000, seeded()).flatten())
+
+
+def test_sid_levels_lie_below_four_fifths_of_the_way_through_any_levels():
+    sigma = sigma_sid(VP, 20_000, seeded())
+    assert VP_TABLE[0] - 1e-6 < sigma.min() < VP_TABLE[1]
+    assert vp_at(0.799) < sigma.max() <= vp_at(0.8)
+
+
 def test_sid_levels_are_uniform_in_the_karras_fraction_from_0_to_0_8_and_off_the_grid():
-    u = fraction(sigma_sid(100_000, seeded()))
+    u = fraction(sigma_sid(KARRAS, 100_000, seeded()))
     assert -1e-6 < u.min() < 1e-4 and 0.7999 < u.max() < 0.800001
     assert [u.mean().item(), u.std().item()] == pytest.approx([0.4, 0.8 / math.sqrt(12)], abs=4e-3)
     quartiles = u.quantile(torch.tensor([0.25, 0.75]).double()).tolist()
@@ -78,21 +110,32 @@ def test_sid_levels_are_uniform_in_the_karras_fraction_from_0_to_0_8_and_off_the
 @pytest.mark.parametrize("options, mean, std", [
     ({}, -1.2, 1.2), (dict(mean=0.3, std=0.5), 0.3, 0.5)])
 def test_edms_levels_are_log_normal(options, mean, std):
-    log = sigma_lognormal(100_000, seeded(), **options).double().log()
+    log = sigma_lognormal(KARRAS, 100_000, seeded(), **options).double().log()
     standard = (log - mean) / std
     moments = [standard.pow(k).mean().item() for k in (1, 2, 3, 4)]
     assert moments == pytest.approx([0, 1, 0, 3], abs=0.15)
     assert moments[:2] == pytest.approx([0, 1], abs=0.02)
 
 
+def test_the_noise_that_a_network_was_trained_with_is_its_own():
+    for levels, sampler in ((KARRAS, sigma_lognormal), (VP, sigma_grid)):
+        assert torch.equal(sigma_trained(levels, 50, seeded(3)), sampler(levels, 50, seeded(3)))
+
+
+def test_each_loss_has_the_noise_of_its_paper():
+    noise = {name: (loss.student_noise, loss.adapted_noise) for name, loss in LOSSES.items()}
+    assert noise == {"dm": (sigma_dm, sigma_grid), "sid": (sigma_sid, sigma_trained),
+                     "none": (sigma_dm, sigma_grid)}
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sampler_gives_each_image_a_float32_level_that_only_its_generator_decides(sampler):
     state = torch.get_rng_state()
-    sigma = sampler(5, seeded(1))
+    sigma = sampler(KARRAS, 5, seeded(1))
     assert sigma.shape == (5, 1, 1, 1) and sigma.dtype == torch.float32 and (sigma > 0).all()
     assert len(sigma.unique()) > 1
-    assert torch.equal(sigma, sampler(5, seeded(1)))
-    assert not torch.equal(sigma, sampler(5, seeded(2)))
+    assert torch.equal(sigma, sampler(KARRAS, 5, seeded(1)))
+    assert not torch.equal(sigma, sampler(KARRAS, 5, seeded(2)))
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -106,8 +149,8 @@ def test_one_level_is_the_same_for_every_image_in_the_images_own_type():
 class Recorder:
     """A denoiser that remembers what it was called with."""
 
-    def __init__(self, denoiser):
-        self.denoiser, self.calls = denoiser, []
+    def __init__(self, denoiser, levels=KARRAS):
+        self.denoiser, self.levels, self.calls = denoiser, levels, []
 
     def __call__(self, x_t, sigma, y=None):
         self.calls.append((x_t.clone(), sigma.clone(), y))
@@ -141,6 +184,28 @@ def test_a_one_step_roll_out_asks_the_student_nothing():
     assert outputs == [] and not student.calls and torch.equal(inputs[0], 80 * z)
 
 
+def test_the_first_input_has_the_scale_that_the_students_levels_say():
+    z, sigmas = normal(2, 1, 4, 4), (12.0, 1.5)
+    student = Recorder(gaussian_denoiser(0, 1), VP)
+    inputs, _ = roll_out(student, z, None, sigmas, [normal(2, 1, 4, 4, seed=1)])
+    assert torch.equal(inputs[0], math.sqrt(1 + 12 ** 2) * z)
+    assert torch.equal(student.calls[0][0], inputs[0]) and (student.calls[0][1] == 12).all()
+    image = sample_student(student, z, None, lambda: normal(2, 1, 4, 4, seed=1), sigmas=sigmas)
+    assert torch.equal(image, student(inputs[1], full(1.5), None))      # later noise keeps its size
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5)])
+def test_denoising_together_keeps_each_images_condition_whatever_its_shape(shape):
+    def student(x_t, sigma, y):
+        assert y.shape == (len(x_t), *shape)
+        return x_t + sigma * y.flatten(1).sum(1).reshape(-1, 1, 1, 1)
+
+    inputs, y = [normal(4, 1, 2, 2, seed=seed) for seed in range(3)], normal(4, *shape, seed=9)
+    together = denoise_together(student, inputs, SIGMAS, y)
+    for ours, x_t, sigma in zip(together, inputs, SIGMAS):
+        torch.testing.assert_close(ours, student(x_t, full(sigma), y))
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 def test_denoising_together_equals_denoising_one_by_one_and_passes_the_gradient(labelled):
     network, z, y, noises = student_and_inputs()
@@ -168,21 +233,11 @@ def test_element_k_of_every_step_is_the_image_of_a_sampler_with_k_plus_one_steps
     assert len(images) == 3 and len(drawn) == 2 and not images[2].requires_grad
     for k, image in enumerate(images):
         drawn.clear()
-        alone = sample_student(student, z, y, noise, sigmas=first_sigmas(SIGMAS, k + 1))
+        alone = sample_student(student, z, y, noise, sigmas=SIGMAS[:k + 1])
         assert torch.equal(image, alone) and len(drawn) == k
     inputs, outputs = roll_out(student, z, y, SIGMAS, noises)
     by_hand = [*outputs, student(inputs[-1], full(SIGMAS[-1]), y)]
     torch.testing.assert_close(images, [x.detach() for x in by_hand], rtol=1e-12, atol=1e-12)
-
-
-def test_the_first_steps_of_a_student_are_its_first_noise_levels():
-    assert [first_sigmas(list(SIGMAS), n) for n in (1, 2, 3)] == [SIGMAS[:1], SIGMAS[:2], SIGMAS]
-
-
-@pytest.mark.parametrize("steps", [4, 0, -1])
-def test_steps_that_a_student_was_not_trained_for_are_refused(steps):
-    with pytest.raises(ValueError, match=rf"steps is {steps}; .* 1 to 3$"):
-        first_sigmas(SIGMAS, steps)
 
 
 # ---- Heun's method ----
@@ -214,6 +269,17 @@ def test_one_heun_step_is_the_denoised_noise():
     z, denoiser = normal(2, 1, 2, 2), gaussian_denoiser(0.3, 0.5)
     image = sample_heun(denoiser, z, None, steps=1)
     torch.testing.assert_close(image, denoiser(80 * z, full(80.0)))
+
+
+@pytest.mark.parametrize("levels", [KARRAS, VP], ids=["karras", "vp"])
+def test_heun_runs_through_the_networks_own_levels_from_its_own_first_input(levels):
+    denoiser, z = Recorder(gaussian_denoiser(0.3, 0.5), levels), normal(2, 1, 2, 2)
+    sample_heun(denoiser, z, None, steps=5)
+    first = levels.table[-1].item()
+    torch.testing.assert_close(denoiser.calls[0][0], z * levels.first_scale(first))
+    sigmas = [levels.at(1 - i / 4) for i in range(5)]
+    assert [s[0].item() for _, s, _ in denoiser.calls[::2]] == pytest.approx(sigmas)
+    assert [sigmas[0], sigmas[-1]] == pytest.approx([first, levels.table[0].item()], rel=1e-9)
 
 
 def heun_error(steps, mean=0.3, std=0.5):
@@ -288,9 +354,68 @@ def test_churn_noise_scales_the_noise_that_is_added_and_nothing_else():
     torch.testing.assert_close(more, factor * once, rtol=1e-10, atol=1e-14)
 
 
-def test_heun_without_a_step_is_refused():
-    with pytest.raises(ValueError, match="steps is 0; allowed: at least 1"):
-        sample_heun(gaussian_denoiser(0, 1), normal(1, 1, 2, 2), None, steps=0)
+# ---- Guidance ----
+
+class Elementwise(nn.Module):
+    """A denoiser [B,1,2,2] that answers by its condition; counts its passes."""
+
+    shape, levels, pixels = (1, 2, 2), VP, staticmethod(to_uint8)
+
+    def __init__(self, null):
+        super().__init__()
+        self.conditions = Conditions(4, lambda index: index[:, None].double(), null)
+        self.passes = []
+
+    def forward(self, x_t, sigma, y):
+        self.passes.append(len(x_t))
+        weight = y.flatten(1).sum(1)[:, None, None, None]
+        return torch.sin(x_t * (1 + weight)) / (1 + sigma)
+
+
+def guided(weight, null=torch.zeros(1)):  # noqa: B008 - it is only read
+    network = Elementwise(null)
+    inputs = normal(3, 1, 2, 2), torch.tensor([0.3, 1.0, 7.0]).double().reshape(3, 1, 1, 1)
+    return network, Guided(network, weight), inputs, normal(3, 1, seed=2)
+
+
+def test_guidance_of_weight_one_is_the_network_and_of_nought_the_network_without_condition():
+    for weight, condition in ((1.0, lambda y: y), (0.0, torch.zeros_like)):
+        network, guidance, inputs, y = guided(weight)
+        torch.testing.assert_close(guidance(*inputs, y), network(*inputs, condition(y)))
+
+
+@pytest.mark.parametrize("null", [torch.zeros(()), torch.full((1,), 0.7)], ids=["zeros", "own"])
+def test_guidance_in_x0_is_guidance_in_epsilon_in_one_stacked_pass(null):
+    network, guidance, (x_t, sigma), y = guided(4.5, null)
+    x0 = guidance(x_t, sigma, y)
+    assert network.passes == [6] and x0.shape == x_t.shape
+    without, asked = ((x_t - network(x_t, sigma, condition)) / sigma        # epsilon of each
+                      for condition in (null.double().expand_as(y), y))
+    torch.testing.assert_close(x0, x_t - sigma * (without + 4.5 * (asked - without)))
+    assert not torch.allclose(x0, network(x_t, sigma, y))
+
+
+def test_guidance_tells_of_its_network_what_samplers_ask_and_keeps_no_weight_of_its_own():
+    network, guidance, _, _ = guided(3.0)
+    for name in ("shape", "levels", "conditions", "pixels"):
+        assert getattr(guidance, name) is getattr(network, name)
+    assert not guidance.state_dict()
+    assert copy.deepcopy(guidance).to("meta").null.device.type == "meta"    # it goes along
+    images, index = sample_seeds(guidance, [1, 2], partial(sample_heun, steps=3), [3, 0])
+    assert index.tolist() == [3, 0] and set(network.passes) == {4} and len(network.passes) == 5
+
+
+# ---- Conditions ----
+
+def test_classes_become_one_hot_vectors_and_none_of_them_zeros():
+    conditions = classes_as_conditions(5)
+    assert conditions.count == 5
+    assert torch.equal(conditions.embed(torch.tensor([4, 0])), torch.eye(5)[[4, 0]])
+    assert not conditions.null.expand(2, 5).any()
+    with torch.device("meta"):                          # as a network is built from a checkpoint
+        assert not classes_as_conditions(5).null.is_meta
+    without = classes_as_conditions(0)
+    assert without.count == 0 and without.embed(None) is without.null is None
 
 
 # ---- One seed, one image ----
@@ -298,7 +423,7 @@ def test_heun_without_a_step_is_refused():
 class Mixture:
     """An elementwise denoiser whose class moves its modes."""
 
-    image_shape, label_dim = (1, 4, 4), 10
+    shape, levels, conditions = (1, 4, 4), KARRAS, classes_as_conditions(10)
 
     def __call__(self, x_t, sigma, y):
         shift = (y @ torch.arange(10, dtype=y.dtype))[:, None, None, None] / 10
@@ -349,19 +474,19 @@ def test_classes_are_drawn_from_all_of_them():
 
 def test_a_class_asked_for_changes_the_class_and_no_noise():
     images, drawn = sample_seeds(Mixture(), SEEDS, STUDENT)
-    same, _ = sample_seeds(Mixture(), SEEDS, STUDENT, classes=drawn.tolist())
+    same, _ = sample_seeds(Mixture(), SEEDS, STUDENT, drawn.tolist())
     assert torch.equal(images, same)
-    asked, classes = sample_seeds(Mixture(), SEEDS, STUDENT, classes=4)
+    asked, classes = sample_seeds(Mixture(), SEEDS, STUDENT, [4] * 5)
     assert classes.tolist() == [4] * 5
     assert torch.equal(asked[drawn == 4], images[drawn == 4])
-    each, classes = sample_seeds(Mixture(), SEEDS, STUDENT, classes=[4, 4, 1, 4, 4])
+    each, classes = sample_seeds(Mixture(), SEEDS, STUDENT, [4, 4, 1, 4, 4])
     assert classes.tolist() == [4, 4, 1, 4, 4]
     assert [torch.equal(a, b) for a, b in zip(asked, each)] == [True, True, False, True, True]
 
 
 def test_a_network_without_classes_is_asked_for_none():
     student = Recorder(gaussian_denoiser(0, 1))
-    student.image_shape, student.label_dim = (1, 2, 2), 0
+    student.shape, student.conditions = (1, 2, 2), classes_as_conditions(0)
     images, classes = sample_seeds(student, [0, 1], STUDENT)
     assert classes is None and all(call[2] is None for call in student.calls)
 
@@ -423,7 +548,7 @@ def test_the_logits_come_from_one_pass_of_the_encoder_and_none_of_the_decoder():
     network = small_network(3)
     adapted = AdaptedWithHead(network)
     x_t, sigma, y = normal(2, 1, 8, 8).float(), torch.tensor([0.5, 9.0]), torch.eye(10)[:2]
-    expected = adapted.head(network(x_t, sigma, y, output="both")[1])
+    expected = adapted.head(network(x_t, sigma, y, output="encoder"))
     encoder = count_calls(network.model.enc.values())
     decoder = count_calls(network.model.dec.values())
     logits = adapted(x_t, sigma, y, output="logits")
@@ -433,6 +558,18 @@ def test_the_logits_come_from_one_pass_of_the_encoder_and_none_of_the_decoder():
 
 # ---- Moving average ----
 
+def test_with_a_ramp_up_the_half_life_is_a_share_of_what_was_seen_until_it_is_long_enough():
+    ema, student = parameters(1.0), parameters(5.0)
+    update_ema(ema, student, images=50, halflife=8000, rampup=0.05, seen=1000)
+    torch.testing.assert_close(ema[0], parameters(3.0)[0])          # half-life 50
+    for rampup, seen in ((0.05, 10 ** 6), (0.0, 0)):
+        ema = parameters(1.0)
+        update_ema(ema, student, images=8000, halflife=8000, rampup=rampup, seen=seen)
+        torch.testing.assert_close(ema[0], parameters(3.0)[0])
+    update_ema(ema, student, images=50, halflife=8000, rampup=0.05, seen=0)
+    assert torch.equal(ema[0], student[0])                          # at first it is the student
+
+
 def parameters(*values):
     return nn.ParameterList([torch.full((2,), v, dtype=torch.float64) for v in values])
 
@@ -441,13 +578,13 @@ def parameters(*values):
 def test_after_the_half_life_the_old_average_counts_half(updates):
     ema, student = parameters(1.0, -3.0), parameters(5.0, 7.0)
     for _ in range(updates):
-        update_ema(ema, student, images=8000 / updates, halflife_images=8000)
+        update_ema(ema, student, images=8000 / updates, halflife=8000)
     torch.testing.assert_close(list(ema), list(parameters(3.0, 2.0)), rtol=1e-12, atol=0)
     assert torch.equal(student[0], parameters(5.0)[0])
 
 
 def test_without_a_half_life_the_average_is_the_student():
     ema, student = small_network(0), small_network(1)
-    update_ema(ema, student, images=1, halflife_images=0)
+    update_ema(ema, student, images=1, halflife=0)
     pairs = zip(ema.parameters(), student.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

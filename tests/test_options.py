@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -16,11 +17,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training import options
 import presets
-from training import run_folder
 from base.errors import RunFailed, UserError, run
-from presets import PRESETS, Config
+from presets import DATASETS, PRESETS, Config
+from training import log, options, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
@@ -31,6 +31,8 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 ADAMW = dict(betas=(0.9, 0.999), weight_decay=0.01)     # PMDD A.1, A.2, DMD B.1, B.2, DMD2 F.2
 CIFAR10, IMAGENET = "edm-cifar10-32x32-cond-vp", "edm-imagenet-64x64-cond-adm"
 CIFAR10_WITHOUT_CLASSES = "edm-cifar10-32x32-uncond-vp"
+FFHQ, AFHQV2 = "edm-ffhq-64x64-uncond-vp", "edm-afhqv2-64x64-uncond-vp"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def pmdd(learning_rate, iterations, batch, unforget, teacher):
@@ -58,9 +60,19 @@ def sid(learning_rate, batch, teacher, ema):
                 unforget_weight=0, teacher=teacher, ema_halflife=ema)
 
 
-def edm(learning_rate, batch, ema):
-    return dict(learning_rate=learning_rate, batch=batch, ema_halflife=ema, betas=(0.9, 0.999),
-                weight_decay=0, clip=0, teacher="")
+def edm(learning_rate, batch, ema, augment):
+    return dict(learning_rate=learning_rate, batch=batch, ema_halflife=ema, ema_rampup=0.05,
+                augment=augment, betas=(0.9, 0.999), weight_decay=0, clip=0, teacher="")
+
+
+def pmdd_text(learning_rate, iterations, batch, ttur, unforget):
+    return pmdd(learning_rate, iterations, batch, unforget, SD15) | dict(
+        loss="dm", ttur=ttur, guidance=1.75)
+
+
+def dmd2_text(learning_rate, iterations, gan):
+    return dmd2(learning_rate, iterations, gan) | dict(ttur=10, batch=2048, guidance=1.75,
+                                                       teacher=SD15)
 
 
 TABLE = {   # (dataset, method, stage, variant): (fields, noise levels, reported FID, hardware)
@@ -83,12 +95,33 @@ TABLE = {   # (dataset, method, stage, variant): (fields, noise levels, reported
     ("cifar10", "sid", 1, "unconditional"): (
         sid(1e-5, 256, CIFAR10_WITHOUT_CLASSES, 500_000), 2.5, 1.923, "4 GPUs"),
     ("imagenet64", "sid", 1, ""): (sid(4e-6, 8192, IMAGENET, 2_000_000), 2.5, 1.524, "4 GPUs"),
-    ("cifar10", "pmdd", 0, ""): (edm(1e-3, 512, 500_000), 0, None, "8 V100"),
-    ("imagenet64", "pmdd", 0, ""): (edm(1e-4, 4096, 50_000_000), 0, None, "32 A100"),
+    ("ffhq64", "sid", 1, ""): (
+        sid(1e-5, 512, FFHQ, 500_000) | {"betas": (0.9, 0.999)}, 2.5, 1.550, "4 GPUs"),
+    ("afhqv2-64", "sid", 1, ""): (
+        sid(5e-6, 512, AFHQV2, 500_000) | {"alpha": 1.0}, 2.5, 1.628, "4 GPUs"),
+    ("sd15", "pmdd", 1, ""): (pmdd_text(5e-6, 120_000, 120, 10, 0), 1, 10.41, "3 H100"),
+    ("sd15", "pmdd", 2, ""): (pmdd_text(8e-7, 16_000, 20, 5, 0.3), 2, 8.63, "1 H100"),
+    ("sd15", "pmdd", 3, ""): (pmdd_text(8e-7, 16_000, 20, 5, 0.01), 3, 8.50, "1 H100"),
+    ("sd15", "dmd", 1, ""): (       # 50 steps of its sampler are about 25 of Heun's
+        dmd(1e-5, 20_000, 2304, 0.25, 500_000, 25, SD15) | {"guidance": 3}, 1, 11.49, "72 A100"),
+    ("sd15", "dmd", 1, "guidance-8"): (         # 32 images on each of 80 GPUs
+        dmd(1e-5, 165_000, 2560, 0.25, 12_000_000, 25, SD15) | {"guidance": 8}, 1, 14.93,
+        "about 80 A100"),
+    ("sd15", "dmd2", 1, ""): (dmd2_text(1e-5, 40_000, 0), 1, 9.28, "64 A100"),
+    ("sd15", "dmd2", 1, "gan"): (dmd2_text(5e-7, 5_000, 1e-3), 1, 8.35, "64 A100"),
+    ("cifar10", "pmdd", 0, ""): (edm(1e-3, 512, 500_000, 0.12), 0, None, "8 V100"),
+    ("ffhq64", "pmdd", 0, ""): (edm(2e-4, 256, 500_000, 0.15), 0, None, "8 V100"),
+    ("afhqv2-64", "pmdd", 0, ""): (edm(2e-4, 256, 500_000, 0.15), 0, None, "8 V100"),
+    ("imagenet64", "pmdd", 0, ""): (edm(1e-4, 4096, 50_000_000, 0), 0, None, "32 A100"),
 }
+CLIP = {("sd15", "pmdd", 1, ""): 0.302, ("sd15", "pmdd", 2, ""): 0.30,
+        ("sd15", "pmdd", 3, ""): 0.302, ("sd15", "dmd", 1, "guidance-8"): 0.320,
+        ("sd15", "dmd2", 1, "gan"): 0.30}
 IMAGES = {  # what the papers say in images, not in iterations: in millions
     ("cifar10", "sid", 1, ""): 800, ("cifar10", "sid", 1, "unconditional"): 500,
-    ("imagenet64", "sid", 1, ""): 1000, ("cifar10", "pmdd", 0, ""): 200,
+    ("imagenet64", "sid", 1, ""): 1000, ("ffhq64", "sid", 1, ""): 500,
+    ("afhqv2-64", "sid", 1, ""): 500, ("cifar10", "pmdd", 0, ""): 200,
+    ("ffhq64", "pmdd", 0, ""): 200, ("afhqv2-64", "pmdd", 0, ""): 200,
     ("imagenet64", "pmdd", 0, ""): 2500}
 
 
@@ -96,8 +129,17 @@ def karras(fraction):                                   # EDM Eq. 5 with rho 7
     return (0.002 ** (1 / 7) + fraction * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
 
 
-def noise_levels(steps):
+def stable_diffusion(timestep):
+    """sigma at a timestep of its schedule, whose betas are linear in their square roots."""
+    betas = [(0.00085 ** 0.5 + k / 999 * (0.012 ** 0.5 - 0.00085 ** 0.5)) ** 2 for k in range(1000)]
+    kept = math.prod(1 - beta for beta in betas[:timestep + 1])
+    return math.sqrt((1 - kept) / kept)
+
+
+def noise_levels(steps, dataset):
     """PMDD's schedule [1, 0.5, 0.25]; SiD's is given as a noise level."""
+    if dataset == "sd15":
+        return [stable_diffusion(timestep) for timestep in (999, 499, 249)[:steps]]
     return [steps] if steps == 2.5 else [karras(f) for f in (1, 0.5, 0.25)[:steps]]
 
 
@@ -108,8 +150,8 @@ def test_a_preset_equals_the_papers_row(key):
     differing = {name: (value, getattr(preset.config, name)) for name, value in fields.items()
                  if getattr(preset.config, name) != value}
     assert not differing
-    assert list(preset.config.sigmas) == pytest.approx(noise_levels(steps), rel=1e-12)
-    assert preset.paper_fid == fid and preset.gpus == gpus
+    assert list(preset.config.sigmas) == pytest.approx(noise_levels(steps, key[0]), rel=1e-9)
+    assert preset.paper_fid == fid and preset.gpus == gpus and preset.paper_clip == CLIP.get(key)
     if key in IMAGES:                                   # less than one batch off
         assert 0 <= IMAGES[key] * 10 ** 6 - preset.images < preset.config.batch
 
@@ -133,7 +175,7 @@ def test_a_row_stands_where_its_key_says_and_passes_the_checks_of_a_command_line
         assert len(config.sigmas) == stage
         assert preset.images == config.iterations * config.batch > 0
         assert preset.source and preset.gpus and bool(config.teacher) == (stage > 0)
-        assert (preset.network is not None) == (stage == 0)
+        assert config.teacher in ("", DATASETS[dataset].teacher, DATASETS[dataset].unconditional)
 
 
 def test_the_sum_of_the_papers_stages_is_what_it_says_in_images():
@@ -166,6 +208,17 @@ def test_dmd2_with_several_steps_is_its_one_step_row_with_more_noise_levels():
         presets.find("imagenet64", "dmd2", 4)
 
 
+@pytest.mark.parametrize("changes, expected", [
+    ({}, True), (dict(unforget_weight=0.0), True), (dict(external_sampling=False), True),
+    (dict(unforget_weight=0.0, external_sampling=False), False),        # it would do nothing
+    (dict(trained_step="random"), False), (dict(stage=1, sigmas=(80.0,)), False),
+    (dict(method="dmd2"), False), (dict(method="dmd2", start_from="best.pt"), True),
+    (dict(stage=1, sigmas=(80.0,), start_from="best.pt"), False)])
+def test_a_previous_student_takes_part_where_there_is_one_and_a_use_for_it(changes, expected):
+    base = presets.find("digits", "pmdd", 2).config
+    assert dataclasses.replace(base, **changes).has_previous is expected
+
+
 # ---- A flag for each field ----
 
 def parse(*argv):
@@ -177,9 +230,11 @@ def flag_of(name):
 
 
 BASE = ("--dataset", "digits", "--method", "pmdd", "--stage", "2", "--regression-pairs", "7")
+STAGE_0 = ("--dataset", "digits", "--stage", "0")
 OTHER = {"teacher": "other.pt", "start_from": "start.pt", "sigmas": (70.0, 1.5),
          "betas": (0.1, 0.2), "trained_step": "random", "loss": "dm", "dm_weighting": "sigma3",
-         "external_sampling": False}
+         "external_sampling": False, "channel_mult": (1, 1), "attn_resolutions": (4,),
+         "dropout": 0.25, "model_channels": 8}
 
 
 def another(name, value):
@@ -196,16 +251,20 @@ def words(name, value):
 
 @pytest.mark.parametrize("name", [n for n in FIELDS if n not in ("dataset", "method", "stage")])
 def test_a_flag_overrides_its_field_and_only_that(name):
-    # A step drawn at random has no previous student, so nothing to unforget.
-    row = [*BASE, "--unforget-weight", 0] if name == "trained_step" else BASE
+    row = STAGE_0 if name in options.TEACHERS else BASE
+    if name == "trained_step":  # A step drawn at random has no previous student to unforget.
+        row = [*BASE, "--unforget-weight", 0]
     (_, base, how), = parse(*row)
     value = another(name, getattr(base, name))
     assert value != getattr(base, name)
     (_, config, options_), = parse(*row, *words(name, value))
     assert dataclasses.asdict(config) == dataclasses.asdict(base) | {name: value}
     assert type(getattr(config, name)) is type(getattr(base, name))
-    assert options_ == how or name == "batch" and options_ == dataclasses.replace(
-        how, batch_per_gpu=value)
+    changed = {"batch_per_gpu": value} if name == "batch" else {}
+    if name in options.ARCHITECTURE:
+        changed = {"network": how.network | {name: list(value) if isinstance(value, tuple) else
+                                             value}}
+    assert options_ == dataclasses.replace(how, **changed)
 
 
 def test_dataset_method_stage_and_variant_choose_the_row():
@@ -217,32 +276,34 @@ def test_dataset_method_stage_and_variant_choose_the_row():
 
 def test_there_is_no_flag_but_for_a_field_and_for_where_and_how():
     flags = {action.dest for action in options.parser()._actions} - {"help", "variant"}
-    where = {f.name for f in dataclasses.fields(options.Options)} - {"world_size"}
+    where = {f.name for f in dataclasses.fields(options.Options)} - {
+        "world_size", "network", "class_names"}                         # of what the others say
     assert flags == set(FIELDS) | where and not set(FIELDS) & where
     text = options.parser().format_help()
     for name, field in FIELDS.items():
         assert flag_of(name) in text and field.metadata["help"].split()[0] in text
 
 
-def attributes_read(*owners):
-    """Names x of every `owner.x` in the sources, but for where presets and flags are defined."""
-    found = set()
-    for path in ROOT.glob("*.py"):
-        if path.name not in ("presets.py", "options.py"):
+def attributes_read(owner):
+    """Names x of every `owner.x` in the sources, but for where flags are defined."""
+    found, here = set(), ("tests", ".venv", "options.py")
+    for path in ROOT.rglob("*.py"):
+        if not set(here) & set(path.relative_to(ROOT).parts):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                    if ast.unparse(node.value).removeprefix("self.") in owners:
+                    if ast.unparse(node.value).split(".")[-1] == owner:
                         found.add(node.attr)
     return found
 
 
 def test_every_field_is_read_somewhere():
-    assert set(FIELDS) <= attributes_read("config")
+    by_name = set(options.ARCHITECTURE)
+    assert "ARCHITECTURE" in inspect.getsource(options.architecture)
+    assert set(FIELDS) <= attributes_read("config") | by_name
 
 
 def test_every_flag_of_where_and_how_is_read_somewhere():
-    read = attributes_read("options", "rows[0][2]")
-    assert {f.name for f in dataclasses.fields(options.Options)} <= read
+    assert {f.name for f in dataclasses.fields(options.Options)} <= attributes_read("options")
 
 
 def test_stages_run_in_order_without_stage():
@@ -279,8 +340,9 @@ def test_where_and_how_have_the_defaults_that_the_help_states(monkeypatch):
     (_, config, how), = parse("--method", "dmd2")
     assert how == options.Options(
         folder=Path("runs/digits-dmd2/stage1"), data="digits", reference=None, inception=None,
-        cache=None, device=None, batch_per_gpu=config.batch, precision="fp32", compile=False,
-        force=False, dry_run=False, world_size=1)
+        prompts=None, cache=None, device=None, batch_per_gpu=config.batch, precision="fp32",
+        compile=False, force=False, dry_run=False, world_size=1,
+        network=DATASETS["digits"].network, class_names=tuple("0123456789"))
     monkeypatch.setenv("WORLD_SIZE", "4")               # a batch system's, not torchrun's
     assert parse()[0][2].world_size == 1
     monkeypatch.setenv("RANK", "0")
@@ -351,6 +413,18 @@ def refused(*argv):
     ("--batch-per-gpu 3 --batch 8", ["--batch-per-gpu 3", "8 images", "divisors"]),
     ("--batch-per-gpu -1 --batch 8", ["--batch-per-gpu -1"]),
     ("--batch-per-gpu 16 --batch 8", ["--batch-per-gpu 16"]),
+    ("--guidance -1", ["--guidance is -1.0"]), ("--guidance nan", ["--guidance is nan"]),
+    ("--stage 0 --guidance 2", ["--guidance is for a student"]),
+    ("--stage 1 --augment 0.1", ["--augment is for a teacher in training"]),
+    ("--stage 1 --num-blocks 2", ["--num-blocks is for a teacher in training"]),
+    ("--ema-rampup nan", ["--ema-rampup is nan"]), ("--ema-rampup -1", ["--ema-rampup is -1.0"]),
+    ("--stage 0 --augment 7", ["--augment is 7.0"]),
+    ("--stage 0 --augment nan", ["--augment is nan"]),
+    ("--stage 0 --dropout nan", ["--dropout", "nan"]),
+    ("--stage 0 --dropout 2", ["--dropout", "2.0"]),
+    ("--stage 0 --num-blocks -3", ["--num-blocks", "-3"]),
+    ("--stage 0 --model-channels 2", ["--model-channels", "2"]),
+    ("--stage 0 --channel-mult 0", ["--channel-mult", "0"]),
     ("--unknown 1", ["--unknown"]), ("digits", ["digits"]), ("--no-seed", ["--no-seed"])])
 def test_a_wrong_flag_is_one_line_that_names_it_its_value_and_what_is_allowed(argv, said):
     line = refused(*argv.split())
@@ -377,7 +451,7 @@ def test_no_command_line_ends_in_a_traceback():
               "x", "é", "digits", "cifar10", "imagenet64", "pmdd", "dmd2", "sid", "none", "dm",
               "longer", "80", "0.17", "random", "true", "--", "%s", "\0", "a\nb"]
     random_, outcomes = random.Random(0), {True: 0, False: 0}
-    for _ in range(1500):
+    for _ in range(2000):
         argv = []
         for _ in range(random_.randrange(1, 5)):
             argv += [random_.choice(flags), *random_.choices(values, k=random_.randrange(3))]
@@ -508,7 +582,7 @@ def test_what_a_killed_run_was_writing_is_cleared_away_and_nothing_else(tmp_path
 
 HOLDER = """
 import sys, time
-import options, records
+from training import options, run_folder
 (_, config, how), = options.parse(["--stage", "1", "--folder", sys.argv[1]])
 lock, _ = run_folder.open_run(how.folder, config, how)
 print("open", flush=True)
@@ -591,8 +665,8 @@ def test_a_metrics_line_that_cannot_be_written_ends_the_run_in_one_line(tmp_path
 
 def test_the_seconds_left_follow_from_the_pace_and_leave_out_the_pauses(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    clock = run_folder.Clock(batch=8)
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = log.Clock(batch=8)
     now[0] += 10
     clock.pause()
     now[0] += 1000                                              # an evaluation

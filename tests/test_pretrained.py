@@ -8,14 +8,14 @@ import sys
 import zlib
 from pathlib import Path
 
-import hostile_pickles
 import numpy as np
 import pytest
 import torch
 
-from weights import pretrained
-from edm_networks import EDMPrecond
+import hostile_pickles
 from base.errors import UserError
+from edm_networks import EDMPrecond
+from weights import pretrained
 
 GOLDEN = Path(__file__).parent / "golden"
 PICKLES = sorted(path.stem for path in GOLDEN.glob("*.pkl"))

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import until
-from helpers import GOLDEN, ROOT, call, save_student, small_network, torchrun
 from PIL import Image
 
-from base import distributed
-from images import sets
-from weights import opening
 import sample
+from base import distributed
+from faults import until
+from helpers import GOLDEN, ROOT, call, save_student, small_network, torchrun
+from images import from_seeds, sets
 from images.real import open_images
 from models import sample_heun, sample_seeds, sample_student, to_uint8
 from presets import PMDD_SIGMAS
+from weights import opening
 from weights.pretrained import load_network
 
 CPU = torch.device("cpu")
@@ -35,22 +35,10 @@ def student(tmp_path, monkeypatch):
     return save_student(tmp_path / "student.pt")
 
 
-@pytest.fixture
-def assets(tmp_path_factory, monkeypatch):
-    """The embedded student and teacher; stand-ins where they have not been trained yet."""
-    embedded = [opening.ASSETS / f"digits-{role}.pt" for role in ("student", "teacher")]
-    if not all(path.is_file() for path in embedded):
-        folder = tmp_path_factory.mktemp("assets")
-        save_student(folder / "digits-student.pt")
-        save_student(folder / "digits-teacher.pt", steps=0)
-        monkeypatch.setattr(opening, "ASSETS", folder)
-    return opening.ASSETS
-
-
 def direct(network, seeds, sigmas=PMDD_SIGMAS, classes=None):
     """The images [N,C,H,W] and classes that the models' own functions give."""
     sampler = partial(sample_student, sigmas=sigmas)
-    images, classes = sample_seeds(network, list(seeds), sampler, classes=classes)
+    images, classes = sample_seeds(network, list(seeds), sampler, classes)
     return to_uint8(images).numpy(), classes
 
 
@@ -77,17 +65,20 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bits_of_an_image_do_not_depend_on_its_company_or_on_threads(family, monkeypatch):
-    monkeypatch.setattr(opening, "to_uint8", lambda x0: x0)    # rounding would hide small changes
+def test_bits_of_an_image_do_not_depend_on_its_company_or_on_threads(family):
     network = small_network(**FAMILIES[family])
-    sampler = partial(sample.last_only, sigmas=PMDD_SIGMAS[:2])
-    seeds = list(range(70 if network.image_shape[1] == 8 else 6))
+    network.pixels = lambda x0: x0                      # rounding would hide small changes
+
+    def sampler(*inputs):
+        return [sample_student(*inputs, sigmas=PMDD_SIGMAS[:2])]
+
+    seeds = list(range(70 if network.shape[1] == 8 else 6))
 
     def draw(groups, threads):
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            task = partial(opening.sample_block, network, sampler=sampler, labels="random",
+            task = partial(from_seeds.sample_block, network, sampler=sampler, asked=None,
                            device=CPU)
             blocks = distributed.in_parallel(task, groups, CPU)
             return torch.cat([images for (images,), _ in blocks])
@@ -172,6 +163,19 @@ def test_a_published_teacher_is_sampled_by_heun(tmp_path, monkeypatch):
     assert nearly_equal(read_npz("a.npz")[0], to_uint8(images).numpy())
 
 
+@pytest.mark.parametrize("given, options", [
+    ([5], dict(churn=5)),
+    ([40, 0.05, 50, 1.003], dict(churn=40, churn_min=0.05, churn_max=50, churn_noise=1.003))])
+def test_churn_is_that_of_the_teachers_sampler(student, monkeypatch, given, options):
+    flags = ["--checkpoint", "teacher.pt", "--teacher", "--heun", 4, "--n", 16, "--out"]
+    assert call(monkeypatch, sample, *flags, "a.npz", "--churn", *given) == 0
+    assert call(monkeypatch, sample, *flags, "without.npz") == 0
+    images, _ = sample_seeds(small_network(seed=1), range(16),
+                             partial(sample_heun, steps=4, **options))
+    assert nearly_equal(read_npz("a.npz")[0], to_uint8(images).numpy())
+    assert not nearly_equal(read_npz("a.npz")[0], read_npz("without.npz")[0])
+
+
 def test_dmd2_weights_start_from_sigma_80(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     network = load_network(GOLDEN / "adm-small.pkl", tmp_path)
@@ -210,7 +214,7 @@ def test_the_newest_run_with_enough_steps_and_the_right_data_is_taken(tmp_path, 
 
 
 def test_a_fresh_clone_draws_a_grid_of_the_embedded_student_and_says_so(
-        assets, tmp_path, monkeypatch, capsys):
+        tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, sample, "--steps", 3) == 0
     assert "digits-student.pt (the embedded student)" in capsys.readouterr().out
@@ -261,7 +265,9 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--teacher --steps 2", "--sigmas 1 2", "--class 1 --labels random", "--unknown",
        "--heun 0", "--checkpoint student.pt --heun 2", "--compare --grid 3", "--grid 5000",
        "--n 100000001 --out a.zip", "--checkpoint none.pt --out new/folder/a.png",
-       "--checkpoint student.pt --class 10 --out new/folder", "--checkpoint taken"]
+       "--checkpoint student.pt --class 10 --out new/folder", "--checkpoint taken",
+       "--churn -1", "--churn 40 0.05", "--churn 1 2 3 4 5", "--churn nan", "--churn inf",
+       "--churn 40 0.05 50 -1", "--churn", "--guidance -1", "--guidance nan"]
 
 
 @pytest.mark.parametrize("flags", BAD)

@@ -1,32 +1,41 @@
 """The loop: resumable to the bit, independent of processes and parts, and what may stop it."""
 
+import ast
+import copy
 import dataclasses
 import gc
-import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from weights import checkpoint
-from base import distributed
-import losses
 import models
 import presets
-from training import run_folder
 import train
-from edm_networks import EDMPrecond
 from base.errors import RunFailed, UserError
+from edm_networks import EDMPrecond
+from images import real
+from losses import denoising_loss, edm_loss
+from models import denoise_together, roll_out
+from training import log, run_folder
+from training.draws import Sources, cut, draw
+from training.kept import Rows
+from training.options import parse
+from training.roles import Roles, assemble, load_roles, trainable
+from weights import checkpoint
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type="SongUNet",
                model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
@@ -106,19 +115,19 @@ METHODS = {"pmdd": ["--stage", "1"], "dmd": ["--method", "dmd"], "dmd2": ["--met
 KILLED = """
 import os, signal, sys
 import train
-from train import draw_iteration, update as real
+from train import draw as real_draw, update as real
 at, which, now = int(sys.argv[1]), sys.argv[2], []
 
 def draw(config, step, *more):
     now.append(step)
-    return draw_iteration(config, step, *more)
+    return real_draw(config, step, *more)
 
 def update(optimizer, losses, name, *more):
     if now[-1] == at and name == which:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(optimizer, losses, name, *more)
 
-train.draw_iteration, train.update = draw, update
+train.draw, train.update = draw, update
 train.main(sys.argv[3:])
 """
 
@@ -162,12 +171,12 @@ def test_a_terminated_run_saves_says_so_and_goes_on(teacher, tmp_path):
     code = """
     import os, signal, sys
     import train
-    real = train.draw_iteration
+    real = train.draw
     def draw(config, step, *more):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(config, step, *more)
-    train.draw_iteration = draw
+    train.draw = draw
     train.run(lambda: train.main(sys.argv[1:]))
     """                                                 # iteration 4 is one to evaluate: not now
     done = run_python(code, *flags(teacher, tmp_path / "stopped"), "--stage", "1", check=False)
@@ -202,20 +211,48 @@ def test_a_signal_between_two_stages_is_not_lost(teacher, tmp_path):
     assert not (tmp_path / "stage3").exists()
 
 
-def test_a_closed_terminal_stops_a_run_unless_nohup_has_it_ignored():
-    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
-    try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        run_folder.StopSignal()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        stop = run_folder.StopSignal()
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.received == "SIGHUP"
-    finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+@pytest.fixture
+def signals():
+    """The handlers as they were, whatever a test does to them."""
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_closed_terminal_stops_a_run_unless_nohup_has_it_ignored(signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    log.StopSignal()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    stop = log.StopSignal()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert stop.received == "SIGHUP"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_is_noted_until_the_handlers_are_given_back(signals, name):
+    stop = log.StopSignal()
+    os.kill(os.getpid(), signal.Signals[name])
+    assert stop.received == name
+    stop.restore()
+    assert {number: signal.getsignal(number) for number in signals} == signals
+
+
+def test_a_run_gives_the_signal_handlers_back_and_takes_none_in_a_thread(
+        teacher, tmp_path, signals):
+    run = flags(teacher, tmp_path, "--stage", "1", iterations=1)
+    train.main(run)
+    assert {number: signal.getsignal(number) for number in signals} == signals
+    with pytest.raises(UserError):
+        train.main(flags("nowhere.pt", tmp_path / "none", "--stage", "1"))
+    assert {number: signal.getsignal(number) for number in signals} == signals
+    codes = []
+    worker = threading.Thread(target=lambda: codes.append(train.main(run)))
+    worker.start()
+    worker.join()
+    assert codes == [0]
 
 
 def test_weights_that_do_not_fit_are_refused_in_one_line(teacher, tmp_path):
@@ -264,6 +301,44 @@ def test_two_processes_or_four_parts_end_where_one_process_does(teacher, tmp_pat
         assert fids[1][steps] == pytest.approx(figures, rel=1e-3)
 
 
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
+
+
+@pytest.mark.parametrize("argv", [["--stage", "2"], ["--method", "dmd2"], ["--stage", "0"]])
+def test_an_iteration_draws_from_its_seed_and_number_alone(argv):
+    config, _, sources, _ = networks(argv)
+    once = draw(config, 10, sources)                        # the student's turn, as 20 is
+    draw(config, 11, sources)
+    torch.manual_seed(9)
+    assert same_tensors(once, draw(config, 10, sources))
+    for other in (draw(config, 20, sources),
+                  draw(dataclasses.replace(config, seed=1), 10, sources)):
+        assert not any(torch.equal(value, other[name]) for name, value in once.items()
+                       if torch.is_tensor(value) and value.is_floating_point() and value.numel())
+
+
+@pytest.mark.parametrize("argv", [["--stage", "2"], ["--method", "dmd2"], ["--stage", "0"]])
+@pytest.mark.parametrize("processes, batch_per_gpu", [(1, 2), (2, 4), (2, 1), (4, 2)])
+def test_the_parts_of_all_processes_are_the_batch_in_its_order(
+        argv, processes, batch_per_gpu, monkeypatch):
+    config, _, sources, options = networks([*argv, "--batch", "8"])
+    drawn = draw(config, 0, sources)
+    (whole,) = cut(drawn, config, sources, options)
+    share = dataclasses.replace(options, world_size=processes, batch_per_gpu=batch_per_gpu)
+    parts = []
+    for rank in range(processes):
+        monkeypatch.setattr(train.distributed, "rank", lambda rank=rank: rank)
+        parts += cut(drawn, config, sources, share)
+    assert len(parts) == 8 // batch_per_gpu
+    for name, value in vars(whole).items():
+        joined = [getattr(part, name) for part in parts]
+        if torch.is_tensor(value):
+            assert torch.equal(torch.cat(joined), value), name
+        else:
+            assert set(joined) == {value}, name
+
+
 # ---- The algorithm ----
 
 @pytest.mark.parametrize("ttur, iterations", [(1, 4), (3, 7), (5, 5), (5, 11)])
@@ -283,7 +358,8 @@ def test_stages_continue_from_the_best_student_and_start_with_nothing_to_unforge
         lines = run_folder.read_metrics(tmp_path / f"stage{stage}" / "metrics.jsonl")
         assert lines[0]["unforget"] == pytest.approx(0, abs=1e-12)
         assert max(line.get("unforget", 0) for line in lines) > 1e-12       # later there is
-        roles = train.load_roles(*first_row(flags(teacher, tmp_path, "--stage", str(stage))), "cpu")
+        (_, config, options), = parse(flags(teacher, tmp_path, "--stage", str(stage)))
+        roles = load_roles(config, options, CPU)
         for role in ("student", "previous", "ema"):
             got = getattr(roles, role).state_dict()
             assert all(torch.equal(got[k], v) for k, v in best["ema"].items())
@@ -292,11 +368,6 @@ def test_stages_continue_from_the_best_student_and_start_with_nothing_to_unforge
         saved = checkpoint.load(tmp_path / f"stage{stage}" / "latest.pt")
         assert len(saved["sigmas"]) == stage
         assert set(saved["fid"]) == {str(n + 1) for n in range(stage)}
-
-
-def first_row(argv):
-    _, config, options = train.parse(argv)[0]
-    return config, options
 
 
 def test_best_holds_the_lowest_fid_of_the_stages_own_step_count(teacher, tmp_path):
@@ -357,24 +428,83 @@ def test_teacher_and_previous_never_change_and_the_average_follows_the_student(
     assert 0 < behind < moved
 
 
-WITHOUT_DATA = """
-import sys
-import time
-sys.modules["data"] = None                  # importing it fails
-import train
-train.main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize("more", [[], ["--method", "sid"],
+@pytest.mark.parametrize("more", [[], ["--method", "sid"], ["--method", "dmd"],
                                   ["--method", "dmd2", "--gan-weight", "0"]])
-def test_data_free_methods_run_when_the_data_module_cannot_be_imported(teacher, tmp_path, more):
-    run_python(WITHOUT_DATA, *flags(teacher, tmp_path, *more, iterations=3))
+def test_data_free_methods_run_where_there_is_no_real_image(teacher, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(real, "DIGITS", tmp_path / "gone.npz")
+    train.main(flags(teacher, tmp_path, *more, iterations=3))
 
 
-def test_the_gan_and_the_regression_do_need_the_data_module(teacher, tmp_path):
-    done = run_python(WITHOUT_DATA, *flags(teacher, tmp_path, "--method", "dmd2"), check=False)
-    assert done.returncode == 1 and "data" in done.stderr
+@pytest.mark.parametrize("more", [["--method", "dmd2"], ["--stage", "0"]])
+def test_a_gan_and_a_teacher_in_training_do_need_real_images(tmp_path, monkeypatch, more):
+    monkeypatch.setattr(real, "DIGITS", tmp_path / "gone.npz")
+    with pytest.raises(UserError, match="gone.npz"):
+        train.main([*more, "--folder", str(tmp_path / "run")])
+
+
+def networks(method_flags, **changes):
+    """Config, roles, sources and options of a stage on a small network of random weights."""
+    (_, config, options), = parse(["--batch", "4", *method_flags])
+    torch.manual_seed(1)
+    network = EDMPrecond(**NETWORK | {"dropout": 0.0} | changes)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    if config.stage:
+        roles = assemble(config, network)
+        if config.has_previous:
+            roles.previous = copy.deepcopy(network)
+    else:
+        roles = Roles(trainable(network), copy.deepcopy(network))
+    for role in (roles.teacher, roles.previous, roles.ema):
+        if role is not None:
+            role.eval().requires_grad_(False)
+    roles.student.eval()
+    roles.wrap()
+    images = real.digits() if config.gan_weight or config.stage == 0 else None
+    sources = Sources(network.shape, network.levels, network.conditions, images)
+    return config, roles, sources, options
+
+
+@pytest.mark.parametrize("sigma_data", [1.0, 0.5])
+def test_the_denoising_loss_has_the_networks_own_sigma_data(sigma_data):
+    config, roles, sources, options = networks(["--stage", "2"], sigma_data=sigma_data)
+    (part,) = cut(draw(config, 1, sources), config, sources, options)       # not the student's turn
+    adapted = copy.deepcopy(roles.adapted)
+    losses, images = train.iteration(config, roles, train.make_optimizers(config, roles, CPU),
+                                     [part], student_turn=False)
+    with torch.no_grad():
+        inputs, _ = roll_out(roles.previous, part.z, part.y, part.sigmas, part.noises.unbind(1))
+        x0, = denoise_together(roles.student, inputs[-1:], part.sigmas[-1:], part.y)
+        by_hand = {other: denoising_loss(x0, part.sigma_adapted, part.eps_adapted, part.y,
+                                         adapted=adapted, sigma_data=other)
+                   for other in (sigma_data, 0.1)}
+    assert torch.allclose(images, x0, atol=1e-6)
+    assert losses["denoising"].item() == pytest.approx(by_hand[sigma_data].item(), rel=1e-5)
+    assert losses["denoising"].item() != pytest.approx(by_hand[0.1].item(), rel=0.1)
+
+
+@pytest.mark.parametrize("sigma_data", [1.0, 0.5])
+def test_a_teacher_in_training_has_its_own_sigma_data_too(sigma_data):
+    config, roles, sources, options = networks(["--stage", "0"], sigma_data=sigma_data)
+    (part,) = cut(draw(config, 0, sources), config, sources, options)
+    before = copy.deepcopy(roles.student)
+    losses, _ = train.teacher_iteration(config, roles, train.make_optimizers(config, roles, CPU),
+                                        [part], student_turn=True)
+    by_hand = edm_loss(part.real, part.sigma, part.eps, part.y_real, teacher=before,
+                       sigma_data=sigma_data)
+    assert losses["denoising"].item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_a_guided_teacher_is_followed_to_where_it_points(teacher, tmp_path):
+    """The adapted network begins as the teacher without guidance: only with it is there a way."""
+    for name, more in (("plain", []), ("guided", ["--guidance", "3"])):
+        train.main(flags(teacher, tmp_path / name, "--stage", "1", "--loss", "dm", *more,
+                         iterations=1))
+    plain, guided = (run_folder.read_metrics(tmp_path / name / "stage1" / "metrics.jsonl")[0]
+                     for name in ("plain", "guided"))
+    assert plain["distill"] == plain["student_gradient"] == 0
+    assert guided["distill"] > 1e-3 and guided["student_gradient"] > 0
+    assert guided["denoising"] == pytest.approx(plain["denoising"], rel=1e-2)   # knows none of it
 
 
 # ---- Memory and reading cost ----
@@ -404,21 +534,93 @@ def test_a_run_keeps_one_copy_of_each_network_gradient_and_optimizer_state(
     assert seen[0] - held < (5 + 4 + 0.25) * weights + 500_000
 
 
-def lines_of(function):
-    return len(inspect.getsource(function).splitlines())
+def functions_of(path):
+    """(name, first line, last line) of every function of a file, decorators and all."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            decorators = getattr(node, "decorator_list", [])
+            begin = min(one.lineno for one in [node, *decorators])
+            yield getattr(node, "name", "lambda"), begin, node.end_lineno
 
 
-def test_one_iteration_can_be_followed_in_as_many_lines_as_the_readme_says():
-    assert lines_of(train.distill) <= 130
-    ring = [train.distill, train.draw_iteration, train.update, models.roll_out,
-            models.denoise_together, models.update_ema, losses.denoising_loss, losses.dm_loss,
-            losses.sid_loss, losses.unforget_loss, losses.mean_error]
-    assert sum(map(lines_of, ring)) <= 200
-    beside = [train.add, train.iteration_generator, train.parts_of, train.set_rate, models.level,
-              models.karras, models.sigma_dm, models.sigma_grid, models.sigma_sid,
-              models.sigma_lognormal, distributed.sync_gradients, EDMPrecond.forward]
-    assert sum(map(lines_of, ring + beside)) <= 280
-    assert "| at most 280 (5) |" in (ROOT / "README.md").read_text()
+def functions_run(action):
+    """Every function of ours that action() enters, but the networks' layers: (file, first line)."""
+    entered = set()
+
+    def enter(frame, event, argument):
+        entered.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+    before = sys.gettrace()
+    threading.settrace(enter)
+    sys.settrace(enter)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+        threading.settrace(None)
+    return {(Path(name), line) for name, line in entered
+            if Path(name).is_relative_to(ROOT) and (ROOT / "tests") not in Path(name).parents
+            and (ROOT / ".venv") not in Path(name).parents and "edm_networks" not in name}
+
+
+def reading_cost(action):
+    """Lines of the functions that action() enters, each line once, and a list of them."""
+    entered, lines, listed = functions_run(action), set(), []
+    for path in sorted({path for path, _ in entered}):
+        for name, begin, end in functions_of(path):
+            if (path, begin) in entered:
+                lines |= {(path, line) for line in range(begin, end + 1)}
+                listed.append(f"{path.relative_to(ROOT)}:{begin} {name}: {end - begin + 1}")
+    return len(lines), "\n".join(listed)
+
+
+TERMS = ["--gan-weight", "0.003", "--regression-weight", "0.25", "--regression-pairs", "8",
+         "--unforget-weight", "1"]
+
+
+@pytest.mark.parametrize("more, most", [
+    (["--loss", "sid"], 200), (["--loss", "sid", *TERMS], 270), (["--loss", "dm", *TERMS], 260)],
+    ids=["PMDD", "every term, sid", "every term, dm"])
+def test_one_iteration_can_be_followed_in_few_lines(more, most):
+    config, roles, sources, options = networks(["--stage", "2", *more])
+    roles.distance = lambda x, y: (x - y).square().mean((1, 2, 3))      # in place of a network
+    rows = np.zeros(8, [("z", np.float32, (1, 8, 8)), ("image", np.float16, (1, 8, 8)),
+                        ("index", np.int64)])
+    sources = sources._replace(pairs=Rows([rows], 8) if config.regression_weight else None)
+    optimizers, logged = train.make_optimizers(config, roles, CPU), {}
+
+    def one_iteration():
+        parts = cut(draw(config, 0, sources), config, sources, options)
+        logged.update(train.iteration(config, roles, optimizers, parts, student_turn=True)[0])
+
+    count, listed = reading_cost(one_iteration)
+    expected = {"distill", "unforget", "denoising"} | (
+        {"gan", "regression", "discriminator"} if config.gan_weight else set())
+    assert expected <= logged.keys() and "train.py" in listed and "losses.py" in listed
+    assert count <= most, f"{count} lines:\n{listed}"
+
+
+def test_the_count_of_lines_is_that_of_whole_functions_and_of_each_once(tmp_path, monkeypatch):
+    path = tmp_path / "some.py"
+    path.write_text("""
+import functools
+
+@functools.cache
+def outer(x):
+    '''What it does.'''
+    def inner():
+        return x + 1
+
+    return inner() + sum(k for k in range(2))
+
+def other():
+    return 1
+""")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    space = {}
+    exec(compile(path.read_text(), str(path), "exec"), space)
+    assert reading_cost(lambda: space["outer"](1)) == (
+        7, "some.py:4 outer: 7\nsome.py:7 inner: 2")
 
 
 def test_compiled_networks_have_no_graph_breaks_and_end_where_the_others_do(
@@ -438,13 +640,13 @@ def test_compiled_networks_have_no_graph_breaks_and_end_where_the_others_do(
 
 # ---- What stops a run ----
 
-@pytest.mark.parametrize("target, term, at", [
-    ("sid_loss", "distill", 3), ("unforget_loss", "unforget", 3),
-    ("denoising_loss", "denoising", 2)])
+@pytest.mark.parametrize("owner, target, term, at", [
+    (models, "sid_loss", "distill", 3), (train, "unforget_loss", "unforget", 3),
+    (train, "denoising_loss", "denoising", 2)])
 def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
-        teacher, tmp_path, monkeypatch, target, term, at):
+        teacher, tmp_path, monkeypatch, owner, target, term, at):
     train.main(flags(teacher, tmp_path, "--stage", "1", iterations=2))
-    made, load, real, calls = [], train.load_roles, getattr(train, target), []
+    made, load, real, calls = [], train.load_roles, getattr(owner, target), []
     monkeypatch.setattr(train, "load_roles", lambda *a: made.append(load(*a)) or made[-1])
     role, ttur = ("adapted", 1) if term == "denoising" else ("student", 3)
 
@@ -454,7 +656,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
         return real(*args, **kwargs) * (float("nan") if bad else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, target, poisoned)
+        patch.setattr(owner, target, poisoned)
         with pytest.raises(RunFailed, match=f"iteration {at}: {term} is nan"):
             train.main(flags(teacher, tmp_path, "--stage", "2"))
     now = getattr(made[0], role).state_dict()
@@ -470,40 +672,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
 
 @pytest.mark.parametrize("loss, gradient", [(1.0, float("inf")), (float("nan"), 1.0)])
 def test_once_a_figure_is_not_finite_no_later_update_moves_a_weight(loss, gradient):
-    weight, broken = torch.nn.Parameter(torch.ones(2)), torch.zeros(())
-    optimizer = torch.optim.AdamW([weight], fused=True)
+    student, adapted = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    config = presets.find("digits", "pmdd", 1).config
+    optimizers = train.make_optimizers(config, SimpleNamespace(student=student, adapted=adapted),
+                                       CPU)
+    found_inf = optimizers[0].found_inf
+    assert optimizers[1].found_inf is found_inf
     for given, slope in ((1.0, 1.0), (loss, gradient), (1.0, 1.0)):
-        before = weight.detach().clone()
-        weight.grad = torch.tensor([slope, 0.0])
-        figures = train.update(optimizer, {"distill": torch.tensor(given)}, "gradient", 10.0,
-                               broken)
-        assert torch.equal(weight.data, before) == bool(broken)
-        assert figures["distill"].isfinite() == (given == given)
-    assert broken == 1
+        for which, network in enumerate((student, adapted)):    # what one has found stops the other
+            before = network.weight.detach().clone()
+            network.weight.grad = torch.tensor([[slope if which == 0 else 1.0, 0.0]])
+            losses = {"distill": torch.tensor(given if which == 0 else 1.0)}
+            train.update(optimizers[which], losses, "gradient", 10.0)
+            assert torch.equal(network.weight.data, before) == bool(found_inf)
+            assert losses.keys() == {"distill", "gradient"} and network.weight.grad is None
+    assert found_inf == 1
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     config = dataclasses.replace(presets.find("digits", "pmdd", 1).config, iterations=20)
-    log = run_folder.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
+    told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
     images = torch.zeros(2, 1, 8, 8)
-    log.take(1, {"gradient": torch.tensor(1.0)}, images)
-    log.take(2, {"gradient": torch.tensor(float("inf"))}, images)
+    told.take(1, {"gradient": torch.tensor(1.0)}, images)
+    told.take(2, {"gradient": torch.tensor(float("inf"))}, images)
     with pytest.raises(RunFailed, match="iteration 2: gradient is inf"):
-        log.take(10, {"gradient": torch.tensor(1.0)}, images)
+        told.take(10, {"gradient": torch.tensor(1.0)}, images)
     with pytest.raises(RunFailed, match="iteration 2: gradient is inf"):
-        log.save(None, [], 11)
+        told.save(None, [], 11)
 
 
 def test_the_pace_of_a_run_leaves_its_evaluations_out(tmp_path, monkeypatch):
     config = dataclasses.replace(presets.find("digits", "pmdd", 1).config, iterations=100)
-    log = run_folder.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
+    slow = SimpleNamespace(score=lambda *args: time.sleep(0.5) or {"1": {"digits-FID": 2.0}},
+                           judge=object())
+    told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None, slow)
     for name in ("payload", "save", "save_latest", "save_samples"):
-        monkeypatch.setattr(run_folder, name, lambda *args: None)
-    slow = SimpleNamespace(score=lambda *args: time.sleep(0.5) or {"1": {"digits-FID": 2.0}})
+        monkeypatch.setattr(log, name, lambda *args: None)
     figures, images = {"denoising": torch.tensor(1.0)}, torch.zeros(2, 1, 8, 8)
-    log.take(0, figures, images)
-    log.save(SimpleNamespace(ema=None), [], 1, slow)
-    log.take(10, figures, images)
+    told.take(0, figures, images)
+    told.save(SimpleNamespace(ema=None), [], 1, score=True)
+    told.take(10, figures, images)
     pace = run_folder.read_metrics(tmp_path / "metrics.jsonl")[-1]["images_per_second"]
     assert pace > 10 * config.batch / 0.4
 
@@ -512,9 +720,10 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for():
     for clip, factor in ((0.5, 0.1), (0.0, 1.0)):
         weight = torch.nn.Parameter(torch.zeros(2))
         weight.grad = torch.tensor([3.0, 4.0])
-        optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
-        figures = train.update(optimizer, {}, "student_gradient", clip, torch.zeros(()))
-        assert figures == {"student_gradient": 5.0}
+        optimizer, losses = torch.optim.SGD([weight], lr=1.0, fused=True), {}
+        optimizer.found_inf = torch.zeros(())
+        train.update(optimizer, losses, "student_gradient", clip)
+        assert losses == {"student_gradient": 5.0}
         assert torch.allclose(weight.data, torch.tensor([-3.0, -4.0]) * factor)
 
 
@@ -585,12 +794,15 @@ def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path,
     assert "student updates: 20" in out and "adapted updates: 100" in out
     assert "images generated: 800" in out and "memory, all tensors of one process" in out
     assert "learning_rate: 0.001" in out and not any(tmp_path.iterdir())
+    # Also for a GPU, and where there is none.
+    train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", "--device", "cuda"))
+    on_gpu = capsys.readouterr().out
+    assert "memory, all tensors of one process" in on_gpu and "whole process" not in on_gpu
 
 
 def test_a_teacher_trains_and_resumes_to_the_bit_and_can_be_distilled(tmp_path, monkeypatch):
-    key = ("digits", "pmdd", 0, "")
-    row = dataclasses.replace(presets.PRESETS[key], network=NETWORK)         # small, with dropout
-    monkeypatch.setitem(presets.PRESETS, key, row)
+    small = presets.DIGITS._replace(network=NETWORK)                         # and with dropout
+    monkeypatch.setitem(presets.DATASETS, "digits", small)
     for folder, stops in (("whole", [6]), ("twice", [3, 6])):
         for iterations in stops:
             train.main(["--stage", "0", "--folder", str(tmp_path / folder), "--batch", "8",
@@ -635,7 +847,8 @@ def test_a_teacher_of_another_size_or_a_student_is_refused_as_teacher(teacher, t
     for name, message in (("large", "makes images of 16"), ("student", "is a student of 1 steps"),
                           ("other", "is of cifar10")):
         with pytest.raises(UserError, match=message):
-            train.main(flags(tmp_path / f"{name}.pt", tmp_path / "run", "--stage", "1"))
+            train.main(flags(tmp_path / f"{name}.pt", tmp_path / "run", "--stage", "1",
+                             "--dataset", "digits"))
 
 
 @pytest.mark.parametrize("argv", [["--stage", "0"], ["--dataset", "cifar10", "--method", "dmd2"],
@@ -643,6 +856,9 @@ def test_a_teacher_of_another_size_or_a_student_is_refused_as_teacher(teacher, t
                                   ["--dataset", "cifar10", "--method", "dmd"]])
 def test_every_kind_of_run_has_a_plan(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, known in presets.DATASETS.items():                # shallow: a deep one takes seconds
+        monkeypatch.setitem(presets.DATASETS, name, known._replace(
+            network=known.network | ({} if "unet" in known.network else {"num_blocks": 1})))
     train.main([*argv, "--dry-run", "--batch-per-gpu", "1"])
     assert "memory, all tensors of one process" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())

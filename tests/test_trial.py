@@ -36,6 +36,7 @@ from images.captioned import open_captioned
 from images.pictures import comparison
 from images.real import open_images
 from metrics.inception import read_weights
+from models import SeededNoise
 from presets import DIGITS, PMDD_SIGMAS, Config
 from training import log, roles
 from training.run_folder import Metrics
@@ -634,6 +635,10 @@ def test_the_largest_seed_is_the_last_that_draws_an_image_of_its_own():
 
     last, = sample.parse_seeds("4294967295")
     assert first(last) != first(0) and first(last + 1) == first(0)
+    SeededNoise([0, last], (1, 2, 2), "cpu")
+    for seeds in ([0, last + 1], [-1]):
+        with pytest.raises(ValueError, match="allowed are 0 to 4294967295"):
+            SeededNoise(seeds, (1, 2, 2), "cpu")
     with pytest.raises(UserError, match="--repeats 43: its seeds go beyond 4,294,967,295"):
         evaluate.parse(["--repeats", "43", "--n", "100000000"])
     assert evaluate.parse(["--repeats", "42", "--n", "100000000"]).repeats == 42

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,11 +113,27 @@ def parse(argv=None):
                           subject.teacher)
         except ValueError as error:
             raise UserError(str(error)) from None
-        teacher = {} if stage == 0 else {"teacher": subject.teacher_of(preset)}
+        teacher = {} if stage == 0 else {"teacher": recorded_teacher(args, subject, preset)
+                                         or subject.teacher_of(preset)}
         config = merge(preset.config, given | teacher | {"stage": stage, "dataset": subject.name},
                        all_stages=len(stages) > 1)
         wanted.append(Stage(preset, config, options(args, config, subject)))
     return wanted
+
+
+def folder_of(args, dataset, method, stage):
+    name = f"{dataset}-{method}" + (f"-{args.variant}" if args.variant else "")
+    return Path(args.folder or Path("runs") / name) / f"stage{stage}"
+
+
+def recorded_teacher(args, subject, preset):
+    """That of a run that goes on, where no other is given: a stage 0 may have come beside it."""
+    config = preset.config
+    path = folder_of(args, subject.name, config.method, config.stage) / "config.json"
+    try:
+        return "" if args.teacher else str(json.loads(path.read_text())["config"]["teacher"])
+    except (OSError, ValueError, LookupError, TypeError):       # open_run says what is wrong
+        return ""
 
 
 def refuse_needless(given):
@@ -205,8 +222,7 @@ def options(args, config, subject):
     if args.prompts and "unet" not in subject.network:
         raise UserError(f"--prompts: {config.dataset} has no text; it is for text to image, such "
                         "as --dataset sd15")
-    name = f"{config.dataset}-{config.method}" + (f"-{args.variant}" if args.variant else "")
-    folder = Path(args.folder or Path("runs") / name) / f"stage{config.stage}"
+    folder = folder_of(args, config.dataset, config.method, config.stage)
     return Options(folder, args.data or config.dataset, args.reference, args.inception,
                    args.prompts, args.cache, args.device, per_gpu, args.precision, args.compile,
                    args.force, args.dry_run, world_size, architecture(config, subject.network),

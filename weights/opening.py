@@ -23,7 +23,6 @@ from weights.pretrained import PUBLISHED_NETWORKS, load_network
 
 LARGEST_NUMBER = 10 ** 8         # of images in one command
 TEXT_GUIDANCE = 3.0             # of a text-to-image teacher, as DMD has it
-SEEDS = 2 ** 32                  # torch's generator on a CPU looks at no more bits of a seed
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
 
 
