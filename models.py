@@ -55,7 +55,7 @@ def karras(fraction):
 def sigma_grid(levels, batch, generator, low=0.0, high=1.0):
     """Uniform over the levels from one share of the table to another: DMD's adapted network."""
     table, end = levels.table, len(levels.table)
-    ends = round(low * end), min(round(high * end) + 1, end)
+    ends = min(round(low * end), end - 1), min(round(high * end) + 1, end)
     return table[torch.randint(*ends, (batch, 1, 1, 1), generator=generator,
                                device=table.device)].float()
 

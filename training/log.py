@@ -187,9 +187,9 @@ class Log:
         self.shown = {loss: f"{self.newest[loss]:.3g}", "brightness": f"{brightness:.3f}"}
         self.show()
 
-    def show(self, refresh=True):
+    def show(self):
         best = {} if math.isinf(self.best_fid) else {"best": f"{self.best_fid:.4g}"}
-        self.bar.set_postfix(self.shown | best, refresh=refresh)
+        self.bar.set_postfix(self.shown | best, refresh=False)
 
     def save(self, roles, optimizers, done, score=False):
         if self.unread:
@@ -213,7 +213,7 @@ class Log:
             if scores or of_text(roles):
                 save_samples(roles, self.config.sigmas,
                              self.folder / "samples" / f"{done:06d}.png", self.device)
-                self.show(refresh=False)
+                self.show()
             save_latest(self.folder, latest)            # last: what it knows of is on the disk
         distributed.barrier()
         self.clock.go_on()
