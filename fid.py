@@ -40,10 +40,6 @@ class FeatureStatistics:
         self.sum += features.sum(0)
         self.outer += features.T @ features
 
-    def merge(self, other):
-        for mine, theirs in zip(self._sums(), other._sums()):
-            mine += theirs.to(mine.device)
-
     def all_reduce(self):
         """Every rank ends with the sums of all ranks."""
         all_reduce(self._sums())

@@ -42,9 +42,9 @@ def perceptual_distance(dataset, cache, device, pipeline=None):
     their classifier (Deviation 11)."""
     if dataset == "digits":
         return load_digits_network(device=device).perceptual_distance
-    lpips = load_lpips(cache, device)
     if pipeline is None:
-        return lpips
+        return load_lpips(cache, device)
+    lpips = load_lpips(cache, device, resize=None)      # as DMD: of the pictures as they are
     return lambda x, y: lpips(pipeline.decode_float(x), pipeline.decode_float(y))
 
 
