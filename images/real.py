@@ -1,6 +1,6 @@
 """Real images.
 
-Only DMD2's GAN, stage 0 and references need this file: distillation without a GAN never imports it.
+Only DMD2's GAN, stage 0 and references read any: distillation without a GAN needs none.
 """
 
 import io

@@ -29,15 +29,16 @@ import train
 from base import progress
 from base.errors import RunFailed, UserError, explained, run
 from base.files import hidden_beside, write_atomically
-from edm_networks import EDMPrecond, UNetBlock
+from edm_networks import UNetBlock
 from fid import InceptionScore, read_reference, write_reference
+from helpers import small_network
 from images import sets
 from images.captioned import open_captioned
 from images.pictures import comparison
 from images.real import open_images
 from metrics.inception import read_weights
 from models import SeededNoise
-from presets import DIGITS, PMDD_SIGMAS, Config
+from presets import PMDD_SIGMAS, Config
 from training import log, roles
 from training.run_folder import Metrics
 from weights import checkpoint
@@ -64,18 +65,9 @@ def command(tmp_path, monkeypatch, capfd):
     return called
 
 
-def small(seed=0, **changes):
-    torch.manual_seed(seed)
-    network = EDMPrecond(**(DIGITS.network | {"model_channels": 16} | changes))
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return network.eval()
-
-
 def payload(steps=3, **changes):
     """What a checkpoint of a student holds, or with steps=0 of a teacher."""
-    network = small(**changes)
+    network = small_network(**changes)
     return {"dataset": "digits", "method": "pmdd", "stage": steps, "iteration": 10, "fid": {},
             "sigmas": list(PMDD_SIGMAS[:steps]), "network": network.config,
             "ema": network.state_dict()}
@@ -700,11 +692,11 @@ def test_adm_attends_with_a_64th_of_its_width_heads_and_with_one_where_that_is_n
 
 def test_adm_networks_of_any_width_that_their_heads_can_share_are_built():
     for width in (32, 40, 96, 160):
-        network = small(model_type="DhariwalUNet", model_channels=width, channel_mult=[1])
+        network = small_network(model_type="DhariwalUNet", model_channels=width, channel_mult=[1])
         assert network(torch.randn(1, 1, 8, 8), torch.ones(1)).isfinite().all()
     with pytest.raises(ValueError, match="model_channels is 224.*the width // 64 heads of "
                                          "attention, which is 3 for a width of 224"):
-        small(model_type="DhariwalUNet", model_channels=224, channel_mult=[1])
+        small_network(model_type="DhariwalUNet", model_channels=224, channel_mult=[1])
 
 
 def rates(config, steps):
