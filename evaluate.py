@@ -35,7 +35,7 @@ from metrics.clip_score import OPENCLIP, ClipScore
 from metrics.evaluations import read_records, record, records_under, table
 from metrics.judge import MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of
 from models import SEEDS, sample_every_step
-from presets import DATASETS
+from presets.datasets import DATASETS
 from weights.opening import (LARGEST_NUMBER, Parser, check_guidance, churn_options,
                              open_student, open_teacher, steps_text)
 

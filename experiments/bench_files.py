@@ -13,7 +13,8 @@ from PIL import Image
 
 from base import distributed
 from edm_networks import EDMPrecond
-from presets import CIFAR10, Config, Preset
+from presets.config import Config, Preset
+from presets.datasets import CIFAR10
 from training.options import Options
 from weights import checkpoint
 

@@ -15,7 +15,7 @@ from images.from_seeds import every_step, heun, prepare, sample_block, seed_bloc
 from metrics.inception import Inception
 from metrics.judge import HEUN_STEPS, feature_network
 from models import SeededNoise, level
-from presets import PMDD_SIGMAS
+from presets.datasets import PMDD_SIGMAS
 from weights.opening import steps_text
 
 SCORED = 64                     # images that the rates of an evaluation are measured on

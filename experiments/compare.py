@@ -13,7 +13,8 @@ from pathlib import Path
 from base.errors import Parser, UserError, run
 from base.files import write_atomically
 from images.pictures import CURVES, matplotlib_pyplot
-from presets import DATASETS, Config
+from presets.config import Config
+from presets.datasets import DATASETS
 from train import iteration_of
 from training.cost import count
 from training.run_folder import read_metrics

@@ -18,7 +18,8 @@ from edm_networks import EDMPrecond
 from images import real
 from losses import edm_loss
 from models import from_uint8, sigma_lognormal, update_ema
-from presets import DIGITS, find
+from presets.datasets import DIGITS
+from presets.rows import find
 
 ITERATIONS, HELD_OUT, DRAWS = 3000, 297, 8
 

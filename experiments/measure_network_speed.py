@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from base.files import ROOT
 from edm_networks import Conv2d, EDMPrecond
-from presets import CIFAR10
+from presets.datasets import CIFAR10
 
 BATCH, ROUNDS, THREADS = 8, 7, 2
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from base.files import ROOT
 from edm_networks import EDMPrecond
 from metrics.inception import Inception
-from presets import DATASETS, find
+from presets.datasets import DATASETS
+from presets.rows import find
 from train import iteration
 from training import cost
 from weights.checkpoint import write_atomically

@@ -7,7 +7,8 @@ import torch
 
 from base.files import ROOT, write_json
 from base.progress import progress
-from presets import DATASETS, find
+from presets.datasets import DATASETS
+from presets.rows import find
 from train import iteration
 from training.cost import memory
 

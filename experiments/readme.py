@@ -15,11 +15,11 @@ from experiments import digits_tables as tables, speed_tables
 from experiments.digits_tables import markdown
 from experiments.speed_tables import result
 from metrics.evaluations import cell, records_under, table
-from presets import PRESETS
+from presets.rows import PRESETS
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BEFORE_TEXT = 13                # deviations that are not of text to image alone
-ROOMS = ("base", "weights", "images", "metrics", "training", "experiments")
+ROOMS = ("base", "presets", "weights", "images", "metrics", "training", "experiments")
 
 
 # ---- Text and code that stand elsewhere too ----

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from metrics.inception import full_precision, in_chunks
-from text_to_image import library, load_frozen, reading, reason, require
+from text_to_image import library, reading, reason, require
+from weights.pipeline import load_frozen
 from weights.checkpoint import weights_digest
 
 OPENCLIP = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"

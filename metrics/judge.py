@@ -19,7 +19,7 @@ from images.from_seeds import choose_classes, every_step, heun, sample_block, se
 from metrics.digits_classifier import load_digits_network
 from metrics.inception import load_inception
 from metrics.lpips import load_lpips
-from presets import DATASETS
+from presets.datasets import DATASETS
 
 MANIFOLD = 10_000               # images of each kind that precision and recall hold in memory
 NEIGHBOURS = 3

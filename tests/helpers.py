@@ -10,7 +10,7 @@ import torch
 
 from base import errors
 from edm_networks import EDMPrecond
-from presets import DIGITS, PMDD_SIGMAS
+from presets.datasets import DIGITS, PMDD_SIGMAS
 from weights import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

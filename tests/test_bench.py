@@ -13,7 +13,7 @@ import train
 from experiments import bench, bench_sampling
 from experiments.bench_files import make_job
 from helpers import call
-from presets import CIFAR10, DATASETS, DIGITS
+from presets.datasets import CIFAR10, DATASETS, DIGITS
 from training import cost, options
 from training.draws import cut, draw, steps_trained
 

@@ -16,7 +16,7 @@ from edm_networks import EDMPrecond
 from fid import read_reference, write_reference
 from hostile_pickles import network_pickle
 from metrics.inception import Inception
-from presets import CIFAR10
+from presets.datasets import CIFAR10
 from training import run_folder
 from weights import checkpoint
 

@@ -28,7 +28,7 @@ from metrics import evaluations, judge
 from metrics.clip_score import PREFIX, ClipScore
 from metrics.inception import RESIZES, Inception, bicubic_matrix
 from models import Guided, sample_every_step, sample_heun, sample_seeds
-from text_to_image import Pipeline, load_teacher
+from weights.pipeline import Pipeline, load_teacher
 from weights import checkpoint
 
 PROMPTS = ["a cat", "two dogs on a mat", "", "A red car", "a lamp", "7 moths; one lamp"]

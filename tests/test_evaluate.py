@@ -18,7 +18,7 @@ from images.real import open_images
 from metrics import evaluations, judge
 from metrics.digits_classifier import load_digits_network
 from models import sample_heun, sample_seeds, sample_student, to_uint8
-from presets import PMDD_SIGMAS
+from presets.datasets import PMDD_SIGMAS
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from models import (KARRAS, LOSSES, AdaptedWithHead, Conditions, GANHead, Guided
                     classes_as_conditions, denoise_together, from_uint8, karras, level, roll_out,
                     sample_every_step, sample_heun, sample_seeds, sample_student, sigma_dm,
                     sigma_grid, sigma_lognormal, sigma_sid, sigma_trained, to_uint8, update_ema)
-from presets import EQUAL_WIDTH_SIGMAS, PMDD_SIGMAS
+from presets.datasets import EQUAL_WIDTH_SIGMAS, PMDD_SIGMAS
 
 SAMPLERS = (sigma_grid, sigma_dm, sigma_sid, sigma_lognormal, sigma_trained)
 SIGMAS = PMDD_SIGMAS

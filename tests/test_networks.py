@@ -10,7 +10,7 @@ import torch
 
 from edm_networks import EDMPrecond, UNetBlock
 from models import KARRAS, to_uint8
-from presets import CIFAR10, IMAGENET64
+from presets.datasets import CIFAR10, IMAGENET64
 
 GOLDEN = Path(__file__).parent / "golden"
 NETWORKS = ["adm-3level", "adm-small", "ddpmpp-cond-8", "ddpmpp-cond-aug-16", "ddpmpp-wide-aug",

@@ -17,9 +17,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import presets
+from presets import datasets, rows
 from base.errors import RunFailed, UserError, run
-from presets import DATASETS, PRESETS, Config
+from presets.config import Config
+from presets.datasets import DATASETS
+from presets.rows import PRESETS
 from training import log, options, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,20 +194,20 @@ def test_the_average_of_every_row_has_forgotten_where_it_began():
 
 
 def test_the_schedule_in_noise_levels():
-    assert presets.PMDD_SIGMAS == pytest.approx((80, 2.515, 0.170), abs=6e-4)
-    assert presets.EQUAL_WIDTH_SIGMAS == pytest.approx((80, 9.96, 0.452), abs=5e-3)
-    assert presets.PMDD_SIGMAS[0] == presets.EQUAL_WIDTH_SIGMAS[0] == 80
+    assert datasets.PMDD_SIGMAS == pytest.approx((80, 2.515, 0.170), abs=6e-4)
+    assert datasets.EQUAL_WIDTH_SIGMAS == pytest.approx((80, 9.96, 0.452), abs=5e-3)
+    assert datasets.PMDD_SIGMAS[0] == datasets.EQUAL_WIDTH_SIGMAS[0] == 80
 
 
 def test_dmd2_with_several_steps_is_its_one_step_row_with_more_noise_levels():
-    one = presets.find("imagenet64", "dmd2", 1)
+    one = rows.find("imagenet64", "dmd2", 1)
     for stage in (2, 3):
-        row = presets.find("imagenet64", "dmd2", stage)
+        row = rows.find("imagenet64", "dmd2", stage)
         assert row.config == dataclasses.replace(
-            one.config, stage=stage, sigmas=presets.PMDD_SIGMAS[:stage], trained_step="random")
+            one.config, stage=stage, sigmas=datasets.PMDD_SIGMAS[:stage], trained_step="random")
         assert row.paper_fid is None and "several steps" in row.source
     with pytest.raises(ValueError, match="--method dmd2 --stage 4"):
-        presets.find("imagenet64", "dmd2", 4)
+        rows.find("imagenet64", "dmd2", 4)
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -215,7 +217,7 @@ def test_dmd2_with_several_steps_is_its_one_step_row_with_more_noise_levels():
     (dict(method="dmd2"), False), (dict(method="dmd2", start_from="best.pt"), True),
     (dict(stage=1, sigmas=(80.0,), start_from="best.pt"), False)])
 def test_a_previous_student_takes_part_where_there_is_one_and_a_use_for_it(changes, expected):
-    base = presets.find("digits", "pmdd", 2).config
+    base = rows.find("digits", "pmdd", 2).config
     assert dataclasses.replace(base, **changes).has_previous is expected
 
 

@@ -20,7 +20,7 @@ from helpers import GOLDEN, ROOT, call, save_student, small_network, torchrun
 from images import from_seeds, sets
 from images.real import open_images
 from models import sample_heun, sample_seeds, sample_student, to_uint8
-from presets import PMDD_SIGMAS
+from presets.datasets import PMDD_SIGMAS
 from weights import opening
 from weights.pretrained import load_network
 

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import digits_tables, tables
 from helpers import call
-from presets import Config
+from presets.config import Config
 from training import options
 
 ROOT = Path(__file__).resolve().parents[1]

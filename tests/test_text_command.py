@@ -27,7 +27,7 @@ import transformers
 from PIL import Image
 
 import metrics.lpips
-import presets
+from presets import datasets, rows
 import sample
 import tiny_pipelines
 import train
@@ -40,7 +40,7 @@ from losses import dm_loss
 from metrics.inception import Inception
 from metrics.lpips import LPIPS
 from models import Conditions, Guided, level, sample_heun, sample_seeds, sample_student
-from text_to_image import Pipeline, load_teacher
+from weights.pipeline import Pipeline, load_teacher
 from training import cost, log
 from training.draws import Sources, cut, draw
 from training.options import parse
@@ -491,7 +491,7 @@ def test_a_one_step_student_of_a_mixtures_epsilon_network_becomes_the_mixture(he
     conditions = prompts_as([0.0, 0.0])
     student, adapted = Mixture(teacher.levels, True), Mixture(teacher.levels, False)
     config = dataclasses.replace(
-        presets.find("sd15", "pmdd", 1).config, loss=loss, alpha=1.0, guidance=1.0, batch=256,
+        rows.find("sd15", "pmdd", 1).config, loss=loss, alpha=1.0, guidance=1.0, batch=256,
         iterations=500, ttur=2, learning_rate=0.03, final_rate=0.02, weight_decay=0.0, clip=0.0)
     roles = Roles(student, copy.deepcopy(student), teacher, None, adapted)
     roles.wrap()
@@ -509,11 +509,11 @@ def test_a_one_step_student_of_a_mixtures_epsilon_network_becomes_the_mixture(he
 
 # ---- The plan. ----
 
-SD15 = presets.DATASETS["sd15"].network
+SD15 = datasets.DATASETS["sd15"].network
 
 
 def preset(stage):
-    return presets.find("sd15", "pmdd", stage).config
+    return rows.find("sd15", "pmdd", stage).config
 
 
 @pytest.mark.parametrize("stage, forwards, exaflop, gpus, hours", [(1, 4.5, 52, 3, 5.0 * 24),
@@ -548,7 +548,7 @@ def test_stage_2_at_batch_20_fits_one_gpu_of_80_gb_in_bf16():
 
 
 def test_pairs_of_a_guided_teacher_cost_twice():
-    config = presets.find("sd15", "dmd", 1).config
+    config = rows.find("sd15", "dmd", 1).config
     counted = cost.Counted({}, 0.0)
     assert cost.totals(config, counted)["images forward through the teacher for pairs"] == (
         500_000 * 49 * 2)

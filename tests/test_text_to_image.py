@@ -27,7 +27,8 @@ from gaussians import gaussian_denoiser
 from helpers import ROOT
 from losses import denoising_loss
 from models import SeededNoise, sample_every_step, to_uint8
-from text_to_image import Pipeline, TextDenoiser, build, load_teacher
+from text_to_image import TextDenoiser, build
+from weights.pipeline import Pipeline, load_teacher
 from weights import checkpoint
 from weights.exported import export, load_exported
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import models
-import presets
+from presets import datasets, rows
 import train
 from base.errors import RunFailed, UserError
 from edm_networks import EDMPrecond
@@ -688,7 +688,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
 @pytest.mark.parametrize("loss, gradient", [(1.0, float("inf")), (float("nan"), 1.0)])
 def test_once_a_figure_is_not_finite_no_later_update_moves_a_weight(loss, gradient):
     student, adapted = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    config = presets.find("digits", "pmdd", 1).config
+    config = rows.find("digits", "pmdd", 1).config
     optimizers = train.make_optimizers(config, SimpleNamespace(student=student, adapted=adapted),
                                        CPU)
     found_inf = optimizers[0].found_inf
@@ -705,7 +705,7 @@ def test_once_a_figure_is_not_finite_no_later_update_moves_a_weight(loss, gradie
 
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
-    config = dataclasses.replace(presets.find("digits", "pmdd", 1).config, iterations=20)
+    config = dataclasses.replace(rows.find("digits", "pmdd", 1).config, iterations=20)
     told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
     images = torch.zeros(2, 1, 8, 8)
     told.take(1, {"gradient": torch.tensor(1.0)}, images)
@@ -717,7 +717,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
 
 
 def test_the_pace_of_a_run_leaves_its_evaluations_out(tmp_path, monkeypatch):
-    config = dataclasses.replace(presets.find("digits", "pmdd", 1).config, iterations=100)
+    config = dataclasses.replace(rows.find("digits", "pmdd", 1).config, iterations=100)
     slow = SimpleNamespace(score=lambda *args: time.sleep(0.5) or {"1": {"digits-FID": 2.0}},
                            judge=object())
     told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None, slow)
@@ -816,8 +816,8 @@ def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path,
 
 
 def test_a_teacher_trains_and_resumes_to_the_bit_and_can_be_distilled(tmp_path, monkeypatch):
-    small = presets.DIGITS._replace(network=NETWORK)                         # and with dropout
-    monkeypatch.setitem(presets.DATASETS, "digits", small)
+    small = datasets.DIGITS._replace(network=NETWORK)                         # and with dropout
+    monkeypatch.setitem(datasets.DATASETS, "digits", small)
     for folder, stops in (("whole", [6]), ("twice", [3, 6])):
         for iterations in stops:
             train.main(["--stage", "0", "--folder", str(tmp_path / folder), "--batch", "8",
@@ -871,8 +871,8 @@ def test_a_teacher_of_another_size_or_a_student_is_refused_as_teacher(teacher, t
                                   ["--dataset", "cifar10", "--method", "dmd"]])
 def test_every_kind_of_run_has_a_plan(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, known in presets.DATASETS.items():                # shallow: a deep one takes seconds
-        monkeypatch.setitem(presets.DATASETS, name, known._replace(
+    for name, known in datasets.DATASETS.items():                # shallow: a deep one takes seconds
+        monkeypatch.setitem(datasets.DATASETS, name, known._replace(
             network=known.network | ({} if "unet" in known.network else {"num_blocks": 1})))
     train.main([*argv, "--dry-run", "--batch-per-gpu", "1"])
     assert "memory, all tensors of one process" in capsys.readouterr().out

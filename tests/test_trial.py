@@ -38,7 +38,8 @@ from images.pictures import comparison
 from images.real import open_images
 from metrics.inception import read_weights
 from models import SeededNoise
-from presets import PMDD_SIGMAS, Config
+from presets.config import Config
+from presets.datasets import PMDD_SIGMAS
 from training import log, roles
 from training.run_folder import Metrics
 from weights import checkpoint

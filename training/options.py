@@ -12,7 +12,8 @@ import torch
 
 from base import distributed
 from base.errors import Parser, UserError
-from presets import Config, Preset, find
+from presets.config import Config, Preset
+from presets.rows import find
 from training.subject import subject_of
 from weights.checkpoint import untrained
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from base import distributed
 from base.errors import RunFailed, UserError
 from base.files import versions, write_atomically, write_json
-from presets import Config
+from presets.config import Config
 
 LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from base.errors import UserError
 from images.real import open_images
-from presets import DATASETS
+from presets.datasets import DATASETS
 from weights.opening import find_teacher, open_network
 from weights.pretrained import PUBLISHED_NETWORKS
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from base.files import hidden_beside
-from text_to_image import library, load_unet, read_json, reading, require
+from text_to_image import library, reading, require
+from weights.pipeline import load_unet, read_json
 from weights import checkpoint
 
 CARD = Path(__file__).parents[1] / "assets" / "model_card.md"

@@ -15,8 +15,8 @@ from base.download import PUBLISHED, cache_folder
 from base.errors import UserError
 from base.files import ROOT, file_digest, shown
 from models import Guided
-from presets import DATASETS
-from text_to_image import Pipeline, load_teacher as load_pipeline_network
+from presets.datasets import DATASETS
+from weights.pipeline import Pipeline, load_teacher as load_pipeline_network
 from weights import checkpoint
 from weights.exported import load_exported
 from weights.pretrained import PUBLISHED_NETWORKS, load_network
