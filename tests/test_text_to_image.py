@@ -20,7 +20,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import text_to_image
 import tiny_pipelines
 from base.errors import UserError
 from gaussians import gaussian_denoiser
@@ -28,9 +27,9 @@ from helpers import ROOT
 from losses import denoising_loss
 from models import SeededNoise, sample_every_step, to_uint8
 from text_to_image import TextDenoiser, build
-from weights.pipeline import Pipeline, load_teacher
 from weights import checkpoint
 from weights.exported import export, load_exported
+from weights.pipeline import WEIGHTS, Pipeline, load_teacher
 
 for libraries in (diffusers, transformers):             # they say much of what is meant here
     libraries.utils.logging.disable_progress_bar()
@@ -337,7 +336,7 @@ def test_files_as_they_were_published_years_ago_load_the_same(folders, copied):
              for name, value in load_file(file).items()}
     save_file(state | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, file,
               {"format": "pt"})
-    file = old / "vae" / f"{text_to_image.WEIGHTS}.safetensors"
+    file = old / "vae" / f"{WEIGHTS}.safetensors"
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {re.sub("|".join(names), lambda found: names[found[0]], name): value
              for name, value in load_file(file).items()}
@@ -429,7 +428,7 @@ def test_the_exported_folder_is_whole_readable_and_says_what_it_is(folders, tmp_
     export(network, name, sigmas_of(network), tmp_path / "out", facts)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {str(path.relative_to(tmp_path / "out")) for path in files} == {
-        "README.md", "config.json", f"{text_to_image.WEIGHTS}.safetensors", "sampling.json",
+        "README.md", "config.json", f"{WEIGHTS}.safetensors", "sampling.json",
         "scheduler/scheduler_config.json"}
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in files)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -498,11 +497,11 @@ def without_a_weight(path):
 
 
 def as_pickle(folder):
-    path = folder / f"{text_to_image.WEIGHTS}.safetensors"
+    path = folder / f"{WEIGHTS}.safetensors"
     path.rename(path.with_suffix(".bin"))
 
 
-UNET, SCHEDULER = f"unet/{text_to_image.WEIGHTS}.safetensors", "scheduler/scheduler_config.json"
+UNET, SCHEDULER = f"unet/{WEIGHTS}.safetensors", "scheduler/scheduler_config.json"
 SPOILT = {
     "is no pipeline folder: it holds no model_index.json": lambda f: (
         f / "model_index.json").unlink(),
@@ -528,7 +527,7 @@ SPOILT_AROUND = {
     "text_encoder: 1 weights are missing, the first is '.*embedding.weight'":
         lambda f: without_a_weight(f / "text_encoder/model.safetensors"),
     "vae: 1 weights are missing": lambda f: without_a_weight(
-        f / f"vae/{text_to_image.WEIGHTS}.safetensors"),
+        f / f"vae/{WEIGHTS}.safetensors"),
     "vae holds no .*is a pickle": lambda f: as_pickle(f / "vae"),
     "cannot load .*tokenizer: ": lambda f: shutil.rmtree(f / "tokenizer"),
 }
