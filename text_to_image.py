@@ -82,13 +82,23 @@ SD15_NETWORK = dict(unet=dict(sample_size=64, cross_attention_dim=768), predicti
 
 
 class TextDenoiser(nn.Module):
-    """D(x_t, sigma, y) of an epsilon or v network; TextDenoiser(**config) builds another one."""
+    """D(x_t, sigma, y) of an epsilon or v network; TextDenoiser(**config) builds another one.
 
-    def __init__(self, unet, prediction_type, schedule):
+    With the text encoder, a CLIPTextModel's configuration, both learn together (stage 0), and y is
+    the numbers of a caption's tokens, [B, tokens].
+    """
+
+    def __init__(self, unet, prediction_type, schedule, text_encoder=None):
         super().__init__()
         require(prediction_type in ("epsilon", "v_prediction"),
                 f"prediction_type is {prediction_type!r}; allowed: epsilon, v_prediction")
         self.config = dict(unet=unet, prediction_type=prediction_type, schedule=schedule)
+        self.text_encoder = None
+        if text_encoder:
+            kinds = library("transformers")
+            self.config["text_encoder"] = text_encoder
+            with torch.device("cpu"):                       # it has buffers that no file holds
+                self.text_encoder = kinds.CLIPTextModel(kinds.CLIPTextConfig(**text_encoder))
         self.levels = variance_preserving(noise_table(**schedule))
         self.predicts_v = prediction_type == "v_prediction"
         # With it the denoising weight, sigma^-2 + sigma_data^-2, gives the error of epsilon or v.
@@ -118,6 +128,8 @@ class TextDenoiser(nn.Module):
         x_t, sigma = x_t.to(dtype), sigma.to(dtype)
         c = (1 + sigma ** 2).rsqrt()
         x, t = (c * x_t).to(self.unet.dtype), self.timestep(sigma)
+        if self.text_encoder is not None:
+            y = self.text_encoder(y.long())[0].flatten(1)
         y = y.to(self.unet.dtype).expand(len(x), -1)
         text, pooled, sizes = y.split([y.shape[1] - sum(self.y_rest), *self.y_rest], dim=1)
         text = text.unflatten(1, (-1, self.text_width))         # [B, tokens, width]

@@ -176,8 +176,8 @@ def set_rate(config, step, optimizers):
 def open_real(options, roles, network, device, stop):
     """Images, or for text to image their latents."""
     if roles.opened and roles.opened.base:
-        return latents_of(options.data, roles.opened.pipeline, network.shape, options.folder,
-                          device, stop)
+        return latents_of(options.data, roles.opened.pipeline, network, options.folder, device,
+                          stop)
     images = open_images(options.data, options.cache)
     check_fits(images, network)
     if distributed.rank() == 0 and not any(options.folder.glob("*.pt")):

@@ -2,11 +2,13 @@
 
     python -m experiments.make_emoji glyphs      the emoji, from Debian's fonts-noto-color-emoji
     python -m experiments.make_emoji vae         the autoencoder
-    python -m experiments.make_emoji teacher     text encoder and U-Net
+    python -m experiments.make_emoji start       a pipeline with an untrained U-Net
+    python train.py --dataset emoji --stage 0 --teacher runs/emoji/start --folder runs/emoji
+    python -m experiments.make_emoji decoder     the autoencoder's decoder alone, at the same time
     python -m experiments.make_emoji pipeline    all of them in assets/emoji/pipeline
 """
 
-import copy
+import json
 import math
 import time
 from functools import partial
@@ -21,11 +23,13 @@ from experiments.emoji_glyphs import make_glyphs
 from experiments.emoji_text import new_text_encoder, new_tokenizer, token_ids
 from images import emoji
 from models import from_uint8
-from text_to_image import SD_LEVELS
+from presets.datasets import DATASETS
+from text_to_image import TextDenoiser
+from weights.checkpoint import SAMPLED, load, network_from
 
-WORK = Path("runs/emoji-pipeline")          # what is half done
+WORK = Path("runs/emoji")                   # what is half done
+START, STAGE0 = WORK / "start", WORK / "stage0" / "best.pt"
 PIPELINE = emoji.GLYPHS.with_name("pipeline")
-POOL = 40_000                               # pictures whose latents are encoded once
 
 # ---- Training ----
 
@@ -34,14 +38,13 @@ def generator(stream, k):
     return torch.Generator().manual_seed(stream * 1_000_000_007 + k)
 
 
-def rate_of(k, iterations, hold):
-    """One after a short warm-up until this share of all iterations, then a cosine to zero."""
-    left = max(0, k / iterations - hold) / (1 - hold)
-    return min(1, (k + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * left))
+def rate_of(k, iterations):
+    """One after a short warm-up, then a cosine to zero."""
+    return min(1, (k + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * k / iterations))
 
 
-def train(name, networks, lr, iterations, loss_of, hold=0.0, ema=None, every=500):
-    """Adam on the first of the losses, and averages of its weights; saved in WORK every so often.
+def train(name, networks, lr, iterations, loss_of, every=500):
+    """Adam on the first of the losses; saved in WORK every so often.
 
     loss_of(k) -> a dict of losses, "loss" first, which is what falls.
     """
@@ -49,7 +52,7 @@ def train(name, networks, lr, iterations, loss_of, hold=0.0, ema=None, every=500
     path.parent.mkdir(parents=True, exist_ok=True)
     trained = [p for network in networks for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr, betas=(0.9, 0.99), fused=True)
-    stored = [*networks, *(ema or []), optimizer]
+    stored = [*networks, optimizer]
     first, spent = 0, 0.0
     if path.exists():
         saved = torch.load(path, weights_only=True)
@@ -59,14 +62,12 @@ def train(name, networks, lr, iterations, loss_of, hold=0.0, ema=None, every=500
     start, tally = time.process_time() - spent, {}
     for k in range(first, iterations):
         for group in optimizer.param_groups:
-            group["lr"] = lr * rate_of(k, iterations, hold)
+            group["lr"] = lr * rate_of(k, iterations)
         losses = loss_of(k)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0, error_if_nonfinite=True)
         optimizer.step()
-        for kept, network in zip(ema or [], networks):
-            average(kept, network, min(0.999, (k + 1) / (k + 20)))
         for key, value in losses.items():
             tally.setdefault(key, []).append(value.detach())
         if (k + 1) % 100 == 0:
@@ -78,11 +79,6 @@ def train(name, networks, lr, iterations, loss_of, hold=0.0, ema=None, every=500
             write_atomically(path, partial(torch.save, {
                 "iteration": k + 1, "seconds": time.process_time() - start,
                 "states": [part.state_dict() for part in stored]}))
-
-
-@torch.no_grad()
-def average(kept, network, decay):
-    torch._foreach_lerp_(list(kept.parameters()), list(network.parameters()), 1 - decay)
 
 
 # ---- Autoencoder ----
@@ -115,7 +111,7 @@ def vae_batch(k, batch):
     return x, 0.5 + 1.5 * drawn
 
 
-def make_vae(iterations=2500, decoder_iterations=2500, batch=32):
+def make_vae(iterations=2500, batch=32):
     vae = new_vae().to(memory_format=torch.channels_last)
 
     def joint(k):
@@ -128,10 +124,9 @@ def make_vae(iterations=2500, decoder_iterations=2500, batch=32):
         return {"loss": reconstruction + 1e-3 * kl, "kl": kl, "dB": decibel(decoded, x)}
 
     train("vae", [vae], 2e-3, iterations, joint)
-    make_decoder(decoder_iterations, batch)
 
 
-def make_decoder(iterations, batch):
+def make_decoder(iterations=1500, batch=32):
     """The decoder alone on latents that stay, with a little noise, as a U-Net's have."""
     vae = load_vae().to(memory_format=torch.channels_last)
     trained = [vae.decoder, vae.post_quant_conv]
@@ -188,89 +183,49 @@ def teach_names(text_encoder, tokenizer, iterations=800, batch=128):
     train("text", [text_encoder, answer], 2e-3, iterations, loss_of)
 
 
-# ---- Teacher ----
-
-def new_unet():
-    from diffusers import UNet2DConditionModel
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=emoji.SIDE // 4, in_channels=4, out_channels=4, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=96,
-        attention_head_dim=4)               # the number of heads, whatever its name says
-
-
-def teacher_loss(unet, text_encoder, x0, ids, eps, t, sigmas, most=1.0):
-    """Epsilon error of the noised latents x0 [B,4,8,8], counting more where noise is high."""
-    sigma = sigmas[t][:, None, None, None]
-    x_t = (x0 + sigma * eps) / (1 + sigma.square()).sqrt()
-    predicted = unet(x_t, t, text_encoder(ids)[0]).sample
-    return ((1 + sigma.square()).clamp_max(most) * (predicted - eps).square()).mean()
-
-
-@torch.no_grad()
-def encode(vae, scenes):
-    """Latents [N,4,8,8] of these pictures, not scaled."""
-    return torch.cat([vae.encode(from_uint8(emoji.paint(scenes.take(part)))).latent_dist.mean
-                      for part in torch.arange(len(scenes.background)).split(128)])
-
-
-def load_text_encoder(tokenizer):
-    text_encoder = new_text_encoder(tokenizer)
-    text_encoder.load_state_dict(trained_states("text")[0])
-    return text_encoder
-
-
-def make_teacher(iterations=10_000, most=12.0, batch=64, lr=1e-3, name="teacher", hold=0.5):
-    """U-Net and text encoder together, on latents that are encoded once."""
-    tokenizer, vae = new_tokenizer(), load_vae()
-    teach_names(new_text_encoder(tokenizer), tokenizer)
-    text_encoder, unet, sigmas = load_text_encoder(tokenizer), new_unet(), SD_LEVELS.table.float()
-    scenes = emoji.draw_scenes(POOL, generator(4, 0))
-    latents, ids = encode(vae, scenes), token_ids(tokenizer, emoji.captions(scenes))
-    latents /= latents.std()
-    unknown = token_ids(tokenizer, [""])
-
-    def loss_of(k):
-        rng = generator(5, k)
-        chosen = torch.randint(POOL, (batch,), generator=rng)
-        dropped = torch.rand(batch, 1, generator=rng) < 0.1
-        t = torch.randint(1000, (batch,), generator=rng)
-        eps = torch.randn(batch, *latents[0].shape, generator=rng)
-        return {"loss": teacher_loss(unet, text_encoder, latents[chosen],
-                                     torch.where(dropped, unknown, ids[chosen]), eps, t, sigmas,
-                                     most)}
-
-    train(name, [unet, text_encoder], lr, iterations, loss_of, hold,
-          ema=[copy.deepcopy(unet), copy.deepcopy(text_encoder)])
-
-
 # ---- Pipeline ----
 
-def save_pipeline(folder=PIPELINE, name="teacher"):
-    """All parts in half precision, as diffusers loads them."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-    tokenizer, vae, unet = new_tokenizer(), load_vae(), new_unet()
+def make_start():
+    """What stage 0 goes on from: all but the U-Net is trained."""
+    tokenizer, vae = new_tokenizer(), load_vae()
     text_encoder = new_text_encoder(tokenizer)
-    unet_state, text_state = trained_states(name)[2:4]                  # the averages
-    unet.load_state_dict(unet_state)
-    text_encoder.load_state_dict(text_state)
-    latents = encode(vae, emoji.draw_scenes(POOL, generator(4, 0)))
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                              clip_sample=False, set_alpha_to_one=False,
-                              timestep_spacing="trailing")
+    teach_names(text_encoder, tokenizer)
+    scenes = emoji.draw_scenes(2000, generator(4, 0))
+    deviation = vae.encode(from_uint8(emoji.paint(scenes))).latent_dist.mean.std().item()
+    vae.register_to_config(scaling_factor=round(1 / deviation, 5))
+    torch.manual_seed(0)
+    network = TextDenoiser(**DATASETS["emoji"].network)
+    save(START, vae, text_encoder, tokenizer, network)
+
+
+def make_pipeline():
+    """Stage 0's averages, and the decoder's second part."""
+    network = network_from(load(STAGE0, needs=SAMPLED))
+    vae, tokenizer = load_vae(), new_tokenizer()
+    vae.register_to_config(scaling_factor=json.loads(
+        (START / "vae" / "config.json").read_text())["scaling_factor"])
+    save(PIPELINE, vae, network.text_encoder, tokenizer, network, torch.float16)
+    print(f"{sum(p.stat().st_size for p in PIPELINE.rglob('*') if p.is_file()):,} bytes in "
+          f"{PIPELINE}")
+
+
+def save(folder, vae, text_encoder, tokenizer, network, dtype=torch.float32):
+    """As diffusers loads them."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    scheduler = DDIMScheduler(**network.config["schedule"], clip_sample=False,
+                              set_alpha_to_one=False, timestep_spacing="trailing",
+                              prediction_type=network.config["prediction_type"])
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=network.unet,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False)
+    pipeline.to(dtype=dtype).save_pretrained(folder)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o644)                   # they are written for the owner alone
-    print(f"{sum(p.stat().st_size for p in folder.rglob('*') if p.is_file()):,} bytes in {folder}")
 
 
-PARTS = {"glyphs": make_glyphs, "vae": make_vae, "teacher": make_teacher,
-         "pipeline": save_pipeline}
+PARTS = {"glyphs": make_glyphs, "vae": make_vae, "start": make_start, "decoder": make_decoder,
+         "pipeline": make_pipeline}
 
 
 def main():

@@ -59,6 +59,8 @@ class Config:
     ema_rampup: float = option(0.0, "the average's half-life is at most this share of the images "
                                     "that updates have seen; 0: no such limit")
     augment: float = option(0.0, "stage 0: probability of each of EDM's augmentations")
+    caption_dropout: float = option(0.0, "stage 0: share of captions or classes that are left out, "
+                                         "for guidance")
     model_channels: int = option(0, "stage 0: width of the network (0: the data set's own)")
     channel_mult: tuple = option((), "stage 0: width of each level, in model_channels")
     num_blocks: int = option(0, "stage 0: blocks of each level (0: the data set's own)")

@@ -41,9 +41,17 @@ DATASETS = {
                       hint="ffhq"),
     "afhqv2-64": Dataset(FACES_64 | {"dropout": 0.25}, "edm-afhqv2-64x64-uncond-vp",
                          "fid-afhqv2-64x64", hint="afhqv2"),
-    "sd15": Dataset(SD15_NETWORK, "stable-diffusion-v1-5/stable-diffusion-v1-5")}
-DIGITS, CIFAR10, IMAGENET64, SD15 = (DATASETS[name] for name in (
-    "digits", "cifar10", "imagenet64", "sd15"))
+    "sd15": Dataset(SD15_NETWORK, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "emoji": Dataset(
+        SD15_NETWORK | dict(prediction_type="v_prediction", unet=dict(
+            sample_size=8, cross_attention_dim=96, block_out_channels=(64, 128), layers_per_block=1,
+            attention_head_dim=4, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2)),
+        "assets/emoji/pipeline", "assets/emoji/reference.npz", data="emoji",
+        student="assets/emoji/student")}
+DIGITS, CIFAR10, IMAGENET64, SD15, EMOJI = (DATASETS[name] for name in (
+    "digits", "cifar10", "imagenet64", "sd15", "emoji"))
 
 
 def sigmas_at(*fractions):

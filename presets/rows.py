@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from presets.config import Config, Preset
 from presets.datasets import (CIFAR10, DATASETS, DIGITS, DIGITS_SIGMAS, IMAGENET64, PMDD_SIGMAS,
-                              SD15, SD_SIGMAS)
+                              EMOJI, SD15, SD_SIGMAS)
 from text_to_image import SD_LEVELS
 
 # ---- PMDD, App. A.1 and A.2 ----
@@ -20,7 +20,8 @@ IMAGENET64_ROW = Config(dataset="imagenet64", teacher=IMAGENET64.teacher, iterat
 
 
 def schedule(dataset):
-    return {"digits": DIGITS_SIGMAS, "sd15": SD_SIGMAS}.get(dataset, PMDD_SIGMAS)
+    own = {"digits": DIGITS_SIGMAS, "sd15": SD_SIGMAS, "emoji": SD_SIGMAS}
+    return own.get(dataset, PMDD_SIGMAS)
 
 
 def later(base, stage, **changes):
@@ -58,6 +59,13 @@ SD15_DMD = replace(SD15_ROW, **DMD, guidance=3.0, iterations=20_000, batch=2304,
                    ema_halflife=500_000, regression_pairs=500_000, regression_steps=25)
 SD15_DMD2 = replace(SD15_ROW, method="dmd2", iterations=40_000, batch=2048, learning_rate=1e-5,
                     ema_halflife=500_000)
+
+# ---- Emoji: ours, Stable Diffusion's rows for minutes on one CPU core ----
+EMOJI_ROW = replace(SD15_ROW, dataset="emoji", teacher=EMOJI.teacher, guidance=3.0,
+                    iterations=2_000, batch=32, learning_rate=5e-4, final_rate=0.1, ttur=5,
+                    ema_halflife=2_000, ema_rampup=0.1, evaluate_every=250, evaluate_images=1_000,
+                    save_every=250)
+OURS_TEXT = "ours, for the embedded emoji"
 
 # (dataset, method, stage, variant) -> row. The variant is --variant, "" without it.
 PRESETS = {
@@ -158,10 +166,32 @@ PRESETS = {
     ("digits", "dmd2", 1, ""): Preset(replace(DIGITS_ROW, **DMD2, ttur=5), OURS, CPU, None),
     ("digits", "sid", 1, ""): Preset(replace(DIGITS_ROW, **SID), OURS, CPU, None),
 
+    ("emoji", "pmdd", 1, ""): Preset(EMOJI_ROW, OURS_TEXT, CPU, None),
+    ("emoji", "pmdd", 2, ""): Preset(
+        later(EMOJI_ROW, 2, iterations=1_000, learning_rate=3e-4, unforget_weight=0.3),
+        OURS_TEXT, CPU, None),
+    ("emoji", "pmdd", 3, ""): Preset(
+        later(EMOJI_ROW, 3, iterations=1_000, learning_rate=3e-4, unforget_weight=0.3),
+        OURS_TEXT, CPU, None),
+    ("emoji", "dmd", 1, ""): Preset(
+        replace(EMOJI_ROW, **DMD, regression_pairs=2_000), OURS_TEXT, CPU, None),
+    ("emoji", "dmd2", 1, ""): Preset(replace(EMOJI_ROW, method="dmd2"), OURS_TEXT, CPU, None),
+    ("emoji", "dmd2", 1, "gan"): Preset(
+        replace(EMOJI_ROW, method="dmd2", gan_weight=1e-3), OURS_TEXT, CPU, None),
+    ("emoji", "sid", 1, ""): Preset(
+        replace(EMOJI_ROW, method="sid", loss="sid", ttur=1, alpha=1.0, learning_rate=5e-5),
+        OURS_TEXT, CPU, None),
+
     ("digits", "pmdd", 0, ""): Preset(
         replace(DIGITS_ROW, **TEACHER, iterations=2_000, batch=256, learning_rate=1e-3,
                 ema_halflife=15_000, evaluate_every=1_000),
         OURS, CPU, None),
+    ("emoji", "pmdd", 0, ""): Preset(
+        replace(EMOJI_ROW, stage=0, guidance=1.0, sigmas=(), iterations=6_000, batch=64,
+                learning_rate=1e-3, final_rate=0.01, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0,
+                warm_up=100, caption_dropout=0.1, ema_halflife=40_000, evaluate_every=0,
+                save_every=500),
+        OURS_TEXT, CPU, None),
     ("cifar10", "pmdd", 0, ""): Preset(
         replace(CIFAR10_ROW, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
                 warm_up=19_531, augment=0.12, ema_rampup=0.05, evaluate_every=10_000),

@@ -89,6 +89,9 @@ def draw_for_teacher(config, step, sources, rng, host_rng, normal):
     drawn = {"real_index": torch.randint(len(sources.real), (B,), generator=host_rng),
              "sigma": sigma_trained(sources.levels, B, rng), "eps": normal(B, *sources.shape),
              "seen": step * B}
+    if config.caption_dropout:
+        chance = torch.rand(B, 1, generator=rng, device=sources.levels.table.device)
+        drawn["dropped"] = chance < config.caption_dropout
     if config.augment:
         drawn["augment"] = draw_augmentation(B, config.augment, host_rng)
     return drawn
@@ -115,6 +118,8 @@ def take_from_files(part, drawn, sources):
         images, index = sources.real.take(part.real_index.tolist())
         part.real = sources.real.to_x(sources.moved(images))
         part.y_real = sources.embed(index, sources.real.conditions)
+    if "dropped" in drawn:                              # for guidance: arXiv:2207.12598
+        part.y_real = torch.where(part.dropped, sources.conditions.null, part.y_real)
     if "augment" in drawn:
         part.real, part.augment_labels = apply_augmentation(part.real, part.augment)
     if "pair_index" in drawn:

@@ -1,4 +1,4 @@
-"""Latents of real images with captions, for DMD2's GAN on text to image: encoded once, kept."""
+"""Latents of real images with captions, for text to image: encoded once, kept."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import torch
 
 from base.errors import UserError
 from images.captioned import open_captioned
+from images.emoji import Emoji
 from training.kept import made_once
 
 PART = 256                      # images that an interruption can cost
@@ -28,15 +29,18 @@ class Latents:
         return self.rows.take(indices)[0], torch.tensor(indices)
 
 
-def latents_of(source, pipeline, shape, folder, device, stop):
+def latents_of(source, pipeline, network, folder, device, stop):
     """A draw of the VAE's posterior for each image, as in DMD2."""
-    if not Path(source).exists():
-        raise UserError(f"--data {source}: no such folder or zip; the GAN wants pictures with "
-                        "captions, in dataset.json or in a .txt beside each")
-    images = open_captioned(source, pipeline.size)
+    if source == "emoji":
+        images = Emoji()
+    elif not Path(source).exists():
+        raise UserError(f"--data {source}: no such folder or zip; wanted: pictures with captions, "
+                        "in dataset.json or in a .txt beside each")
+    else:
+        images = open_captioned(source, pipeline.size)
 
     def make(part):
-        rows = np.zeros(len(part), [("latent", np.float16, shape)])
+        rows = np.zeros(len(part), [("latent", np.float16, network.shape)])
         for row, number in zip(rows, part):
             generator = torch.Generator(device).manual_seed(number)
             pixels = torch.from_numpy(images.read(number))[None].to(device)
@@ -45,4 +49,4 @@ def latents_of(source, pipeline, shape, folder, device, stop):
 
     about = dict(source=str(source), count=len(images), size=pipeline.size)
     rows = made_once(folder / "latents", about, len(images), PART, make, "latents", stop)
-    return Latents(rows, pipeline.conditions(images.captions))
+    return Latents(rows, pipeline.conditions(images.captions, network))

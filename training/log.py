@@ -14,11 +14,11 @@ from base.errors import INTERRUPTING, RunFailed
 from base.progress import progress
 from images.pictures import draw_curves, grid, save_png
 from metrics.judge import HEUN_STEPS
-from models import level, sample_every_step, sample_heun, sample_seeds, sample_student
+from models import Guided, level, sample_every_step, sample_heun, sample_seeds, sample_student
 from training.roles import payload
 from training.run_folder import Metrics, kept, read_metrics, write_config
 from weights.checkpoint import save, save_latest
-from weights.opening import steps_text
+from weights.opening import TEXT_GUIDANCE, steps_text
 
 LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
 SHOWN_PROMPTS, SHOWN_SIZE = 4, 256      # of text to image: rows, and pixels of a picture
@@ -55,8 +55,12 @@ def of_text(roles):
 @torch.no_grad()
 def save_prompted(roles, sigmas, path, device):
     """A row for each of the first prompts: the student at 1..n steps of the same noise, then what
-    dm compares: its image, noised to the middle of the levels, as both denoisers see it."""
+    dm compares: its image, noised to the middle of the levels, as both denoisers see it. A teacher
+    in training without guidance and with it."""
     def sampler(student, z, y, noise):
+        if not sigmas:
+            return [sample_heun(D, z, y, steps=HEUN_STEPS)
+                    for D in (student, Guided(student, TEXT_GUIDANCE))]
         images = sample_every_step(student, z, y, noise, sigmas=sigmas)
         middle = level(student.levels.at(0.5), z)
         x_t = images[-1] + middle * noise()
@@ -68,7 +72,8 @@ def save_prompted(roles, sigmas, path, device):
     small = F.adaptive_avg_pool2d(pixels.float(), min(pixels.shape[-1], SHOWN_SIZE)).byte().cpu()
     save_png(grid(small, len(images), scale=max(1, 128 // small.shape[-1]), row_labels=prompts,
                   column_labels=[*(steps_text(k + 1) for k in range(len(sigmas))),
-                                 "x0_teacher", "x0_adapted"]), path)
+                                 "x0_teacher", "x0_adapted"] if sigmas else
+                  ["guidance 1", f"guidance {TEXT_GUIDANCE:g}"]), path)
 
 
 class StopSignal:

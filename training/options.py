@@ -18,12 +18,12 @@ from training.subject import subject_of
 from weights.checkpoint import untrained
 
 # What says nothing about a teacher in training.
-STUDENTS = ("teacher", "guidance", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
+STUDENTS = ("guidance", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
             "unforget_weight", "external_sampling", "gan_weight", "gan_adapted_weight",
             "regression_weight", "regression_pairs", "regression_steps", "ttur")
 # And what of a student.
 ARCHITECTURE = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
-TEACHERS = ("augment", *ARCHITECTURE)
+TEACHERS = ("augment", "caption_dropout", *ARCHITECTURE)
 
 
 class Stage(NamedTuple):
@@ -114,8 +114,11 @@ def parse(argv=None):
                           subject.teacher)
         except ValueError as error:
             raise UserError(str(error)) from None
-        teacher = {} if stage == 0 else {"teacher": recorded_teacher(args, subject, preset)
-                                         or subject.teacher_of(preset)}
+        begins = stage or "unet" in subject.network     # stage 0 of text goes on from a pipeline
+        if args.teacher and not begins:
+            raise UserError("--teacher is for a student; --stage 0 trains a teacher")
+        teacher = {"teacher": recorded_teacher(args, subject, preset)
+                   or subject.teacher_of(preset)} if begins else {}
         config = merge(preset.config, given | teacher | {"stage": stage, "dataset": subject.name},
                        all_stages=len(stages) > 1)
         wanted.append(Stage(preset, config, options(args, config, subject)))
@@ -204,7 +207,7 @@ def architecture(config, network):
         try:
             with torch.device("meta"):
                 untrained(network | given)
-        except (ValueError, ArithmeticError, RuntimeError) as error:
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             flags = " ".join("--" + name.replace("_", "-") for name in given)
             raise UserError(f"{flags}: no network of {config.dataset}'s images: {error}") from None
     return network | given
@@ -223,6 +226,8 @@ def options(args, config, subject):
     if args.prompts and "unet" not in subject.network:
         raise UserError(f"--prompts: {config.dataset} has no text; it is for text to image, such "
                         "as --dataset sd15")
+    if config.augment and "unet" in subject.network:
+        raise UserError("--augment is for EDM's networks, not for text to image")
     folder = folder_of(args, config.dataset, config.method, config.stage)
     return Options(folder, args.data or config.dataset, args.reference, args.inception,
                    args.prompts, args.cache, args.device, per_gpu, args.precision, args.compile,

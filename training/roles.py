@@ -13,10 +13,12 @@ from base.devices import compile_network
 from base.distributed import say
 from base.errors import UserError
 from edm_networks import EDMPrecond
+from images.emoji import Emoji
 from images.prompts import read_prompts
 from models import AdaptedWithHead, Guided
 from weights import checkpoint
 from weights.opening import Opened, find_teacher, open_network, steps_text
+from weights.pipeline import with_text_encoder
 
 
 def load_teacher(config, options):
@@ -28,6 +30,9 @@ def load_teacher(config, options):
     if opened.sigmas:
         raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")
     if text:
+        if opened.network.text_encoder is not None:
+            raise UserError(f"--teacher {source} is a stage 0; first make a pipeline of it: python "
+                            f"text_to_image.py export {source} FOLDER")
         return opened
     made, wanted = opened.network.config, options.network
     if any(made[k] != wanted[k] for k in ("img_resolution", "img_channels")):
@@ -100,7 +105,9 @@ class Roles:
 
 def load_roles(config, options, device):
     """Loaded, copied and on the device; stage 0 has an untrained network."""
-    if config.stage == 0:
+    if config.stage == 0 and "unet" in options.network:
+        roles = text_teacher_roles(config, options, device)
+    elif config.stage == 0:
         torch.manual_seed(config.seed)
         student = EDMPrecond(**options.network)
         roles = Roles(trainable(student, augmented=config.augment > 0), copy.deepcopy(student))
@@ -108,7 +115,7 @@ def load_roles(config, options, device):
         opened = load_teacher(config, options)
         teacher = opened.network
         if opened.base:
-            opened.serve(prompts_of(options), device)
+            opened.serve(prompts_of(config, options), device)
         check_teacher(config, teacher)
         made_from = {"teacher": checkpoint.weights_digest(teacher.state_dict())}
         begin = starting_point(config, options, teacher)
@@ -129,6 +136,16 @@ def load_roles(config, options, device):
             network.requires_grad_(False)
     store_frozen(roles, options.precision)
     return roles
+
+
+def text_teacher_roles(config, options, device):
+    """Stage 0 of text to image goes on from a pipeline's own U-Net and text encoder."""
+    opened = load_teacher(config, options)
+    opened.serve(prompts_of(config, options), device)
+    student = with_text_encoder(opened.network, opened.pipeline)
+    digest = checkpoint.weights_digest(student.state_dict())
+    return Roles(trainable(student), copy.deepcopy(student), opened=opened,
+                 made_from={"teacher": digest})
 
 
 def store_frozen(roles, precision):
@@ -160,10 +177,12 @@ def assemble(config, teacher, begin=None):
                  start if config.has_previous else None, trainable(adapted))
 
 
-def prompts_of(options):
+def prompts_of(config, options):
+    if config.dataset == "emoji" and not options.prompts:
+        return Emoji().captions
     if not options.prompts:
-        raise UserError("a text-to-image student is trained on prompts: give --prompts FILE, one "
-                        "prompt a line")
+        raise UserError("text to image is trained on prompts: give --prompts FILE, one prompt a "
+                        "line")
     return read_prompts(options.prompts)
 
 

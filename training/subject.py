@@ -30,7 +30,7 @@ def subject_of(args):
     stage0 = made_here(args)
     if args.dataset in DATASETS:
         return known(args.dataset, args.teacher or stage0 or DATASETS[args.dataset].teacher)
-    if args.stage == 0 and args.data:
+    if args.stage == 0 and args.data and not args.teacher:
         return of_images(args)
     if args.teacher or stage0:
         return of_teacher(args, args.teacher or stage0)

@@ -6,6 +6,7 @@ Stable Diffusion 1.x, 2.x and SDXL, as diffusers saves them: a folder, or a name
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -104,6 +105,17 @@ def load_frozen(kind, folder, name, **options):
     return model.eval().requires_grad_(False)
 
 
+def with_text_encoder(network, pipeline):
+    """The network with the pipeline's own text encoder in it, to be trained together."""
+    require(not pipeline.xl, "--stage 0 trains a U-Net and one text encoder; SDXL's has two")
+    encoder, = pipeline.text_encoders
+    both = build(network.config | {"text_encoder": encoder.config.to_diff_dict()})
+    both.load_state_dict(network.state_dict() | {
+        f"text_encoder.{name}": value for name, value in encoder.state_dict().items()},
+        assign=True)
+    return pipeline.serve(both, pipeline.prompts)
+
+
 class Pipeline(nn.Module):
     """What is frozen around the network: prompts -> y, latents <-> pictures."""
 
@@ -130,18 +142,22 @@ class Pipeline(nn.Module):
         self.size = finer * read_json(folder / "unet" / "config.json")["sample_size"]
         self.cut = False                # whether it was said that a prompt is too long
 
+    def tokens(self, prompts, tokenizer):
+        """Their numbers, [B, tokens]."""
+        tokens = tokenizer(prompts, padding="max_length", truncation=True,
+                           max_length=tokenizer.model_max_length, return_tensors="pt")
+        if not self.cut and any(encoding.overflowing for encoding in tokens.encodings):
+            self.cut = True
+            print(f"a prompt has more than {tokenizer.model_max_length} tokens: it is cut "
+                  "there, as every long one is", file=sys.stderr)
+        return tokens.input_ids.to(self.vae.device)
+
     @torch.no_grad()
     def embed(self, prompts):
         """y of a list of prompts, bit for bit what diffusers' own pipeline makes of them. [B, D]"""
         states = []
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders):
-            tokens = tokenizer(prompts, padding="max_length", truncation=True,
-                               max_length=tokenizer.model_max_length, return_tensors="pt")
-            if not self.cut and any(encoding.overflowing for encoding in tokens.encodings):
-                self.cut = True
-                print(f"a prompt has more than {tokenizer.model_max_length} tokens: it is cut "
-                      "there, as every long one is", file=sys.stderr)
-            output = encoder(tokens.input_ids.to(self.vae.device), output_hidden_states=self.xl)
+            output = encoder(self.tokens(prompts, tokenizer), output_hidden_states=self.xl)
             states.append(output.hidden_states[-2] if self.xl else output[0])
         y = torch.cat(states, dim=-1).flatten(1)
         if not self.xl:
@@ -149,18 +165,21 @@ class Pipeline(nn.Module):
         sizes = y.new_tensor([self.size, self.size, 0, 0, self.size, self.size])
         return torch.cat([y, output.text_embeds, sizes.expand(len(y), -1)], dim=1)
 
-    def conditions(self, prompts):
+    def conditions(self, prompts, network):
         """The prompts by their index; none is "", for SDXL zeros beside the sizes."""
-        null = self.embed([""])
+        embed = self.embed
+        if network.text_encoder is not None:
+            embed = partial(self.tokens, tokenizer=self.tokenizers[0])
+        null = embed([""])
         if self.zero_null:
             null[:, :-SIZES] = 0
         return Conditions(
-            len(prompts), lambda index: self.embed([prompts[i] for i in index.tolist()]), null,
+            len(prompts), lambda index: embed([prompts[i] for i in index.tolist()]), null,
             on_host=True)
 
     def serve(self, network, prompts):
         """The network, asked for these prompts, shows its latents as pictures."""
-        self.prompts, network.conditions = prompts, self.conditions(prompts)
+        self.prompts, network.conditions = prompts, self.conditions(prompts, network)
         network.pixels = lambda latents: self.decode(latents)   # a method would be copied with it
         return network
 
