@@ -187,7 +187,7 @@ PRESETS = {
                 ema_halflife=15_000, evaluate_every=1_000),
         OURS, CPU, None),
     ("emoji", "pmdd", 0, ""): Preset(
-        replace(EMOJI_ROW, stage=0, guidance=1.0, sigmas=(), iterations=6_000, batch=64,
+        replace(EMOJI_ROW, stage=0, guidance=1.0, sigmas=(), iterations=4_500, batch=64,
                 learning_rate=1e-3, final_rate=0.01, betas=(0.9, 0.99), weight_decay=0.0, clip=1.0,
                 warm_up=100, caption_dropout=0.1, ema_halflife=40_000, evaluate_every=0,
                 save_every=500),
