@@ -26,14 +26,15 @@ from base.distributed import from_rank_zero, say
 from base.errors import UserError, run
 from base.files import ASSETS, file_digest, shown, versions
 from base.progress import progress
-from images.captioned import (COCO_CAPTIONS, COCO_IMAGES, COCO_PICTURES, check_side, open_captioned,
-                              open_pictures, read_captions)
+from images.captioned import (COCO_CAPTIONS, COCO_IMAGES, COCO_PICTURES, EMOJI_CAPTIONS, KINDS,
+                              check_side, open_captioned, open_pictures, read_captions)
+from images.emoji import SIDE
 from images.from_seeds import choose_classes, heun, prepare, sample_block, seed_blocks
 from images.real import open_images
 from images.sets import open_npz
 from metrics.clip_score import OPENCLIP, ClipScore
 from metrics.evaluations import read_records, record, records_under, table
-from metrics.judge import MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of
+from metrics.judge import MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of, side_of
 from models import SEEDS, sample_every_step
 from presets.datasets import DATASETS
 from weights.opening import (LARGEST_NUMBER, Parser, check_guidance, churn_options,
@@ -87,7 +88,8 @@ def parse(argv=None):
 def add_text(text):
     text.add_argument("--prompts", metavar="FILE",
                       help="what the network is asked for, seed k for prompt k: a text file, one a "
-                           "line, a .json or .jsonl list, or a .pkl")
+                           "line, a .json or .jsonl list, or a .pkl; of emoji also a kind of "
+                           f"captions: {', '.join(KINDS)} (default: {EMOJI_CAPTIONS} of training)")
     text.add_argument("--coco", metavar="FOLDER",
                       help=f"COCO 2014: prompts from its {COCO_CAPTIONS}, one caption of each "
                            f"picture (without --prompts), real images from its {COCO_PICTURES}")
@@ -154,7 +156,6 @@ def open_jobs(args, device):
     if args.images:
         return [images_job(args)]
     student = teacher = None
-    asked = read_captions(args.prompts, args.coco, args.n)
     if args.steps or not (args.teacher or args.heun):
         student = open_student(args, max(args.steps or [0]))
         if not student.sigmas and args.steps:
@@ -164,6 +165,7 @@ def open_jobs(args, device):
         teacher = open_teacher(args, student)
     if args.guidance is not None and not teacher:
         raise UserError("--guidance is for a teacher: a student has it in its weights")
+    asked = read_captions(args.prompts, args.coco, args.n, (student or teacher).dataset)
     for opened in filter(None, (student, teacher)):
         opened.ask(asked.prompts, "--prompts or --coco", device)
         opened.guide(args.guidance)
@@ -213,14 +215,13 @@ def network_job(opened, sampler, what, sampling, asked, args, device):
 
     return Job(what, shape, opened.dataset, task, [protocol | s for s in sampling], n,
                partial(seed_blocks, network=network, device=device), opened.path, opened.ours,
-               asked.prompts or None,
-               classes=0 if asked.prompts else classes)
+               asked.prompts or None, classes=0 if asked.prompts else classes)
 
 
 def images_job(args):
     path, captions, said = Path(args.images), None, "none"
-    if args.clip:
-        images = open_captioned(path, args.side or TEXT_SIDE)
+    if args.clip or args.dataset == "emoji":
+        images = open_captioned(args.images, args.side or side_of(args.dataset, True) or SIDE)
         captions, said = images.captions, "captions of the files"
     elif path.suffix == ".npz":
         images = open_npz(path)
@@ -251,17 +252,16 @@ def images_job(args):
 
 def make_judge(job, args, device):
     dataset = dataset_of(job.shape, args.dataset or job.dataset, shown(job.source))
-    side = args.side or (TEXT_SIDE if job.captions else None)
+    side = args.side or side_of(dataset, job.captions)
     judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
-                  cache=args.cache, side=side, resize=args.resize)
-    if judge.network.knows_classes and job.classes > judge.network.classes:
+                  cache=args.cache, side=side, resize=args.resize, captions=job.captions)
+    if judge.network.share == "right_class" and job.classes > judge.network.classes:
         raise UserError(f"{shown(job.source)} has class {job.classes - 1}, out of range: "
                         f"{judge.network.name} knows 0 to {judge.network.classes - 1}")
     if args.clip:
         if not job.captions:
             raise UserError(f"--clip: {shown(job.source)} is no text-to-image network")
-        judge.compare_with_captions(from_rank_zero(
-            lambda: ClipScore(args.clip_model or OPENCLIP, device)), job.captions)
+        judge.clip = from_rank_zero(lambda: ClipScore(args.clip_model or OPENCLIP, device))
     if args.precision_recall:
         judge.compare_with(*open_real(job, dataset, side, args))
     return judge

@@ -235,7 +235,7 @@ def squared_distances(a, b):
 def main(argv=None):
     parser = Parser(prog="fid.py", description="Make reference statistics of a set of images.")
     parser.add_argument("--data", required=True,
-                        help="digits, cifar10 (downloaded), an archive, folder or zip")
+                        help="digits, emoji, cifar10 (downloaded), an archive, folder or zip")
     parser.add_argument("--out", required=True, help="the npz to write: mu and sigma")
     parser.add_argument("--dataset", help="whose they are: 8x8 grey images of another name than "
                                           "digits are scored by Inception")
@@ -264,14 +264,15 @@ def main(argv=None):
 
     from images.captioned import check_side, open_pictures      # this file is mathematics too,
     from images.real import open_images                         # and imports no room
-    from metrics.judge import dataset_of, feature_network
+    from metrics.judge import OWN, dataset_of, feature_network
     check_side(args.side)
     images = (open_pictures(args.data, args.side) if args.side else
               open_images(args.data, args.cache))
-    dataset = dataset_of(images.shape, args.dataset, args.data)
+    named = args.dataset or (args.data if args.data in OWN else None)
+    dataset = dataset_of(images.shape, named, args.data)
     resize = args.resize or ("clean" if args.side else "tf1")
     network = feature_network(dataset, args.cache, args.device, args.inception, resize)
-    made = {} if dataset == "digits" else {"resize": resize, "side": images.shape[-1]}
+    made = {} if dataset in OWN else {"resize": resize, "side": images.shape[-1]}
     batches = (batch for batch, _ in images.batches(args.batch))
     steps = -(-len(images) // args.batch)
     statistics = reference_statistics(network, progress(batches, desc="features", total=steps,

@@ -17,7 +17,7 @@ PMDD = "Progressive Data-Free Diffusion Distillation", whose steps are counted a
 
 import math
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,7 @@ class Conditions(NamedTuple):
     embed: Callable             # index [B] -> y [B,...]; None where count is 0
     null: torch.Tensor | None   # y of no condition, broadcastable to y: for guidance
     on_host: bool = False       # whether an index is looked up on the host, as of prompts
+    texts: Sequence = ()        # the prompts
 
 
 def classes_as_conditions(label_dim):

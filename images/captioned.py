@@ -1,5 +1,6 @@
 """Pictures of any size as squares of one, and their captions: a folder, a zip, or COCO."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -10,13 +11,17 @@ from PIL import Image
 
 from base.errors import UserError
 from base.files import file_digest, shown
+from images import emoji
 from images.prompts import read_prompts
-from images.real import Images, decode, is_image, listed, open_files
+from images.real import Images, decode, emoji_pictures, is_image, listed, open_files
 
 COCO_CAPTIONS, COCO_PICTURES = "annotations/captions_val2014.json", "val2014"
 COCO_IMAGES = 30_000            # of the papers' figures
 COCO_SEED = 0                   # of the choice among them: everywhere the same list
 LARGEST_SIDE = 4096
+# Kinds of captions of emoji, as --prompts has them.
+KINDS = {kind.replace(" ", "-"): kind for kind in ("training", *emoji.KINDS)}
+EMOJI_CAPTIONS = 10_000         # of an evaluation, where no number is asked for
 
 
 def check_side(side):
@@ -62,6 +67,9 @@ def open_pictures(source, size):
 
 
 def open_captioned(source, size):
+    """Pictures and their captions; "emoji" at their own size."""
+    if source == "emoji":
+        return emoji_pictures()
     return Pictures(Path(source), size, captioned=True)
 
 
@@ -107,8 +115,27 @@ class Asked(NamedTuple):
     protocol: dict
 
 
-def read_captions(prompts, coco, n):
-    """The first n of a file of prompts, or of COCO's captions; n None: the papers' number."""
+def kind_of_captions(dataset, prompts):
+    """Of emoji what --prompts names, or without it what they are trained on; else None."""
+    return KINDS.get(prompts or "training") if dataset == "emoji" else None
+
+
+def prompts_for(dataset, prompts, n):
+    """All of a file of prompts, or n captions of emoji; [] where none are given or known."""
+    if kind := kind_of_captions(dataset, prompts):
+        return emoji.captions(emoji.first_scenes(n, emoji.CAPTIONS_SEED, kind))
+    return read_prompts(prompts) if prompts else []
+
+
+def read_captions(prompts, coco, n, dataset=None):
+    """The first n of a file of prompts, or of COCO's captions, n None: the papers' number; or n
+    captions of emoji."""
+    kind = None if coco else kind_of_captions(dataset, prompts)
+    if kind:
+        texts = prompts_for(dataset, prompts, n or EMOJI_CAPTIONS)
+        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+        return Asked(texts, {"prompts": {"file": f"emoji, {kind}", "sha256": digest,
+                                         "choice": f"drawn by seed {emoji.CAPTIONS_SEED}"}})
     if not (prompts or coco):
         return Asked([], {})
     path = prompts or Path(coco) / COCO_CAPTIONS

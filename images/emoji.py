@@ -26,6 +26,9 @@ BACKGROUNDS = {"white": (246, 246, 246), "yellow": (252, 226, 92), "orange": (25
                "green": (128, 206, 122), "gray": (148, 154, 164)}
 COLOURS = tuple(BACKGROUNDS)
 KINDS = ("one", "two", "unseen background", "unseen pair")
+PICTURES, PICTURES_SEED = 50_000, 10        # of the reference, and of what else needs real ones
+CAPTIONS_SEED = 11                          # of what a student is trained on, and scored at
+BLOCK = 10_000                              # scenes drawn at a time: fewer are the first of more
 WORDINGS = ("{emoji} on {a_colour} background", "{emoji} on {colour}",
             "{a_colour} background with {emoji}", "{emoji}, {colour} background")
 
@@ -111,6 +114,13 @@ def draw_scenes(count, rng, kind="training"):
     y = torch.where(alone[:, None], place[:, 1:], TOGETHER // 2 - 4 + below(9, 2))
     return Scenes(chosen[:, :2], chosen[:, 2], size[:, None].expand(-1, 2), x, y,
                   below(2, 2) == 1, below(len(WORDINGS)))
+
+
+def first_scenes(count, seed, kind="training"):
+    """The first `count` of one endless list of scenes."""
+    rng = torch.Generator().manual_seed(seed)
+    blocks = [draw_scenes(BLOCK, rng, kind) for _ in range(-(-count // BLOCK))]
+    return Scenes(*(torch.cat(parts)[:count] for parts in zip(*blocks)))
 
 
 # Pictures -----------------------------------------------------------------------------------

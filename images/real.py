@@ -17,6 +17,7 @@ from base.download import fetch
 from base.errors import UserError
 from base.files import ASSETS
 from base.progress import progress
+from images import emoji
 from models import from_uint8
 
 DIGITS = ASSETS / "digits.npz"
@@ -49,12 +50,12 @@ class Images:
 
 
 def open_images(source, cache=None):
-    """ "digits", "cifar10" (the published archive), or a path: archive, folder or zip."""
-    if source == "digits":
-        return digits()
+    """ "digits", "emoji", "cifar10" (the published archive), or a path: archive, folder, zip."""
+    if source in ("digits", "emoji"):
+        return digits() if source == "digits" else emoji_pictures()
     path = fetch("cifar10", cache) if source == "cifar10" else Path(source)
     if not path.exists():
-        raise UserError(f"no images at {path}: give digits, cifar10, a folder, a zip, or "
+        raise UserError(f"no images at {path}: give digits, emoji, cifar10, a folder, a zip, or "
                         "CIFAR-10's binary archive")
     if path.is_dir():
         return folder_or_zip(path)
@@ -76,6 +77,19 @@ def digits():
         raise UserError(f"{DIGITS} is damaged ({error}); it is part of the repository: git "
                         "checkout brings it back") from error
     return Images("digits", (1, 8, 8), labels.numpy(), pixels.numpy().__getitem__, 10)
+
+
+def emoji_pictures():
+    """50,000 of one emoji and of two, painted when read; with captions."""
+    scenes = emoji.first_scenes(emoji.PICTURES, emoji.PICTURES_SEED)
+
+    def read(index):
+        return emoji.paint(scenes.take(slice(index, index + 1)))[0].numpy()
+
+    images = Images("emoji", (3, emoji.SIDE, emoji.SIDE), np.zeros(emoji.PICTURES, np.int64), read,
+                    0)
+    images.captions = emoji.captions(scenes)
+    return images
 
 
 def cifar10(path):

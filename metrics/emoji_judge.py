@@ -33,6 +33,7 @@ class EmojiNetwork(nn.Module):
     """
 
     name, dimensions, sha256 = "emoji-judge", 192, None
+    metric, share = "emoji-FID", "right_picture"
     logit_bias = 0  # nothing published to agree with
 
     def __init__(self):

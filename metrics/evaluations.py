@@ -6,11 +6,11 @@ from pathlib import Path
 from base.errors import UserError
 from base.files import write_atomically
 
-COLUMNS = {"digits-FID": "{:.3f}", "FID": "{:.3f}", "right_class": "{:.2%}",
-           "clip_score": "{:.4f}", "inception_score": "{:.3f}", "precision": "{:.4f}",
-           "recall": "{:.4f}"}
-HEADINGS = {"right_class": "right class", "clip_score": "CLIP score",
-            "inception_score": "Inception score"}
+COLUMNS = {"digits-FID": "{:.3f}", "emoji-FID": "{:.3f}", "FID": "{:.3f}",
+           "right_class": "{:.2%}", "right_picture": "{:.2%}", "clip_score": "{:.4f}",
+           "inception_score": "{:.3f}", "precision": "{:.4f}", "recall": "{:.4f}"}
+HEADINGS = {"right_class": "right class", "right_picture": "right picture",
+            "clip_score": "CLIP score", "inception_score": "Inception score"}
 
 
 def identity(entry):

@@ -114,7 +114,7 @@ class Inception(nn.Module):
     """uint8 [B,1 or 3,H,W] of any size -> features [B,2048], logits [B,1008]."""
 
     name, dimensions, classes, sha256 = "inception-2015-12-05", 2048, 1008, None
-    metric, knows_classes = "FID", False
+    metric, share = "FID", None         # no name of a share of right images
 
     def __init__(self, resize="tf1"):
         super().__init__()

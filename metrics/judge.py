@@ -17,6 +17,7 @@ from fid import (FeatureStatistics, InceptionScore, all_reduce, frechet_distance
 from images.captioned import squares
 from images.from_seeds import choose_classes, every_step, heun, sample_block, seed_blocks
 from metrics.digits_classifier import load_digits_network
+from metrics.emoji_judge import load_emoji_network
 from metrics.inception import load_inception
 from metrics.lpips import load_lpips
 from presets.datasets import DATASETS
@@ -25,23 +26,27 @@ MANIFOLD = 10_000               # images of each kind that precision and recall 
 NEIGHBOURS = 3
 HEUN_STEPS = 18                 # of a teacher in training: 35 evaluations
 TEXT_SIDE = 256                 # to which DMD, DMD2 and PMDD bring Stable Diffusion's pictures
+# What is scored by a network of its own, not by Inception, and the shape of its images.
+OWN = {"digits": (load_digits_network, (1, 8, 8)), "emoji": (load_emoji_network, (3, 32, 32))}
 
 
 def feature_network(dataset, cache=None, device="cpu", weights=None, resize="tf1"):
     """The network whose features score this dataset; `weights` is Inception's file, put by hand."""
-    if dataset != "digits":
+    if dataset not in OWN:
         return load_inception(cache, device, weights, resize)
     if resize != "tf1":
-        raise UserError("--side and --resize clean are for Inception; digits have a network of "
+        raise UserError(f"--side and --resize clean are for Inception; {dataset} have a network of "
                         "their own")
-    return load_digits_network(device=device)
+    return OWN[dataset][0](device=device)
 
 
 def perceptual_distance(dataset, cache, device, pipeline=None):
     """DMD's regression: LPIPS, of latents' pictures; or between digits the same in the layers of
-    their classifier (Deviation 11)."""
+    their classifier, between emoji squared differences of latents (Deviation 11)."""
     if dataset == "digits":
         return load_digits_network(device=device).perceptual_distance
+    if dataset == "emoji":
+        return lambda x, y: (x - y).square().mean((1, 2, 3))
     if pipeline is None:
         return load_lpips(cache, device)
     lpips = load_lpips(cache, device, resize=None)      # as DMD: of the pictures as they are
@@ -50,11 +55,15 @@ def perceptual_distance(dataset, cache, device, pipeline=None):
 
 def dataset_of(shape, dataset, source):
     """The data set by whose features images are scored: 8x8 grey ones of no name are digits."""
-    digits = tuple(shape) == (1, 8, 8)
-    if dataset == "digits" and not digits:
-        raise UserError(f"--dataset digits: {source} has images of shape {list(shape)}, digits are "
-                        "[1, 8, 8]")
-    return dataset or ("digits" if digits else None)
+    if dataset in OWN and tuple(shape) != OWN[dataset][1]:
+        raise UserError(f"--dataset {dataset}: {source} has images of shape {list(shape)}, "
+                        f"{dataset} are {list(OWN[dataset][1])}")
+    return dataset or ("digits" if tuple(shape) == OWN["digits"][1] else None)
+
+
+def side_of(dataset, text):
+    """The default side of the squares that are scored."""
+    return TEXT_SIDE if text and dataset not in OWN else None
 
 
 def made_by(side, resize, out=None):
@@ -90,10 +99,12 @@ class Judge:
     """Feature network, reference statistics and real features: what all images are held against."""
 
     def __init__(self, dataset, device, *, reference=None, inception=None, cache=None, side=None,
-                 resize=None):
-        """side: of the squares that are scored, of pictures from text; None: images as they are."""
+                 resize=None, captions=None):
+        """side: of the squares that are scored, of pictures from text; None: images as they are.
+        captions: by the index that a task gives beside its images."""
         resize = resize or ("clean" if side else "tf1")
         self.device, self.real, self.clip, self.side = device, None, None, side
+        self.captions = captions
         how = made_by(side, resize, reference) if side else ""
         if not (reference or has_reference(dataset)):
             raise UserError("no reference is known for these images: give "
@@ -103,13 +114,9 @@ class Judge:
             raise UserError(f"no reference at {self.path}" + how)
         self.network = from_rank_zero(
             lambda: feature_network(dataset, cache, device, inception, resize))
-        self.made = {} if dataset == "digits" else {"resize": resize}
+        self.made = {} if dataset in OWN else {"resize": resize}
         self.made |= {"side": side} if side else {}
         self.reference = read_reference(self.path, self.network.dimensions, **self.made)
-
-    def compare_with_captions(self, clip, captions):
-        """Also the CLIP score: captions by the index that a task gives beside its images."""
-        self.clip, self.captions = clip, captions
 
     def compare_with(self, images, source):
         """Also precision and recall, against these real images."""
@@ -130,20 +137,22 @@ class Judge:
         task(block) -> (lists of images, classes or None); block holds seeds or indices in a row.
         """
         def features(block):
-            images, classes = task(block)
+            images, asked = task(block)
+            if self.captions:
+                asked = [self.captions[i] for i in asked.tolist()]
             if self.side:
                 images = [squares(x, self.side) for x in images]
             outputs = [self.network(x.to(self.device)) for x in images]
             if self.clip:
-                cosines = self.clip(images, [self.captions[i] for i in classes.tolist()])
+                cosines = self.clip(images, asked)
                 outputs = [(*output, one) for output, one in zip(outputs, cosines)]
-            return block, outputs, classes
+            return block, outputs, asked
 
         tallies = [Tally(self, n) for _ in range(lists)]
         mine = blocks[distributed.rank()::distributed.world_size()]
-        for block, outputs, classes in distributed.in_parallel(features, mine, self.device):
+        for block, outputs, asked in distributed.in_parallel(features, mine, self.device):
             for tally, output in zip(tallies, outputs):
-                tally.add(block[0] - blocks[0][0], classes, *output)
+                tally.add(block[0] - blocks[0][0], asked, *output)
             if bar is not None:
                 bar.update(len(block) * distributed.world_size())
         return [tally.scores() for tally in tallies]
@@ -169,16 +178,17 @@ class Tally:
         self.right = torch.zeros(2, dtype=torch.float64, device=judge.device)   # of how many
         self.cosines = torch.zeros((), dtype=torch.float64, device=judge.device)
         self.inception_score = None
-        if n >= 10 and not judge.network.knows_classes:
+        if n >= 10 and not judge.network.share:
             self.inception_score = InceptionScore(n, device=judge.device)
         self.kept = []
 
-    def add(self, first, classes, features, logits, cosines=None):
-        """One block, whose first image is number `first` of the list."""
+    def add(self, first, asked, features, logits, cosines=None):
+        """One block, whose first image is number `first` of the list; asked: its classes, or
+        captions, or None."""
         self.statistics.add(features)
-        if self.judge.network.knows_classes and classes is not None:
-            hits = logits.argmax(1) == classes.to(logits.device)
-            self.right += torch.stack([hits.sum(), torch.tensor(len(hits), device=hits.device)])
+        if self.judge.network.share and asked is not None:
+            hits = self.judge.network.right(logits, asked)
+            self.right += self.right.new_tensor([hits.sum(), len(hits)])
         if cosines is not None:
             self.cosines += cosines.double().sum()
         if self.inception_score:
@@ -194,7 +204,7 @@ class Tally:
         statistics = self.statistics.mean(), self.statistics.covariance()
         scores = {self.judge.network.metric: frechet_distance(*statistics, *self.judge.reference)}
         if self.right[1]:
-            scores["right_class"] = (self.right[0] / self.right[1]).item()
+            scores[self.judge.network.share] = (self.right[0] / self.right[1]).item()
         if self.judge.clip:
             scores["clip_score"] = (self.cosines / self.statistics.n).item()
         if self.inception_score:
@@ -224,7 +234,7 @@ class Scorer:
         self.labels = "balanced" if text else "random"          # with text the prompts in order
         self.judge = Judge(config.dataset, device, reference=options.reference,
                            inception=options.inception, cache=options.cache,
-                           side=TEXT_SIDE if text else None)
+                           side=side_of(config.dataset, text))
 
     @torch.no_grad()
     def score(self, network, sigmas):
@@ -233,6 +243,7 @@ class Scorer:
             keys, sampler = [str(n + 1) for n in range(len(sigmas))], every_step(sigmas)
         else:
             keys, sampler = ["heun"], heun(HEUN_STEPS)
+        self.judge.captions = network.conditions.texts
 
         def task(seeds):
             asked = choose_classes(self.labels, seeds, network.conditions.count)

@@ -121,7 +121,7 @@ def test_folder_zip_and_npz_score_as_the_student_that_made_them(student, monkeyp
 class SmallFeatures(torch.nn.Module):
     """In Inception's place: a few features of RGB images, and 1008 logits."""
 
-    name, metric, knows_classes, dimensions, sha256 = "small", "FID", False, 6, "0" * 64
+    name, metric, share, dimensions, sha256 = "small", "FID", None, 6, "0" * 64
     logit_bias = torch.linspace(0, 9, 1008)
 
     def forward(self, images):

@@ -70,7 +70,7 @@ def random_inception(path):
 class FewFeatures(torch.nn.Module):
     """In place of Inception where many figures are made: each pixel's mean over coarse squares."""
 
-    name, metric, dimensions, knows_classes, sha256, logit_bias = "few", "FID", 12, False, "0", 0.0
+    name, metric, dimensions, share, sha256, logit_bias = "few", "FID", 12, None, "0", 0.0
 
     def forward(self, images):
         features = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from base.files import hidden_beside
+from base.files import ROOT, hidden_beside
 from text_to_image import library, reading, require
 from weights.pipeline import load_unet, read_json
 from weights import checkpoint
@@ -36,7 +36,7 @@ def lcm_scheduler(schedule, prediction_type, timesteps):
 
 def licence(base):
     """What the base's own card says, else what its name is known for."""
-    card = Path(base) / "README.md"
+    card = ROOT / base / "README.md"
     said = re.search(r"^license: *(\S+)", card.read_text(), re.M) if card.is_file() else None
     known = [value for name, value in LICENCES.items() if name in str(base)]
     return said[1] if said else [*known, "other"][0]
@@ -45,7 +45,7 @@ def licence(base):
 def model_card(base, timesteps, facts):
     counts = range(1, len(timesteps) + 1)
     return CARD.read_text().format(
-        base=base, base_model="" if Path(base).exists() else f"base_model: {base}\n",
+        base=base, base_model="" if (ROOT / base).exists() else f"base_model: {base}\n",
         licence=licence(base), title=f"{Path(base).name}, distilled to {len(timesteps)} steps",
         steps=" or ".join(map(str, counts)) + " step" + "s" * (len(timesteps) > 1),
         timesteps=timesteps,

@@ -16,7 +16,7 @@ from base.errors import UserError
 from base.files import ROOT, file_digest, shown
 from models import Guided
 from presets.datasets import DATASETS
-from weights.pipeline import Pipeline, load_teacher as load_pipeline_network
+from weights.pipeline import Pipeline, load_teacher as load_pipeline_network, name_of
 from weights import checkpoint
 from weights.exported import load_exported
 from weights.pretrained import PUBLISHED_NETWORKS, load_network
@@ -125,19 +125,23 @@ def open_text(source, dataset):
     path = Path(source)
     if (path / "sampling.json").is_file():
         network, sigmas, base = load_exported(path)
-        return Opened(network, tuple(sigmas), dataset, path, False, base=base)
-    known = next((name for name, one in DATASETS.items() if one.teacher == str(source)), dataset)
+        return Opened(network, tuple(sigmas), taught_by(base, dataset), path, False, base=base)
+    known = taught_by(name_of(source), dataset)
     named = not path.exists() and known in DATASETS and "unet" in DATASETS[known].network
     if named or (path / "model_index.json").is_file():
         return open_pipeline(source, known)
     return None
 
 
+def taught_by(base, dataset):
+    """The data set of a known pipeline, else the one that was named."""
+    return next((name for name, one in DATASETS.items() if one.teacher == base), dataset)
+
+
 def open_pipeline(source, dataset):
     """A teacher of text to image; its folder is known from wherever a student of it is sampled."""
-    path = Path(source)
-    base = str(path.resolve() if path.is_dir() else source)
-    return Opened(load_pipeline_network(source), (), dataset, path, False, base=base)
+    base = name_of(source)
+    return Opened(load_pipeline_network(base), (), dataset, Path(source), False, base=base)
 
 
 def read_ours(source):

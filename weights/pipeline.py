@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from base.errors import UserError
+from base.files import ROOT
 from models import Conditions, from_uint8, to_uint8
 from text_to_image import SIZES, build, library, reading, reason, require
 
@@ -22,10 +23,21 @@ BETAS = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
 PIPELINES = {"StableDiffusionPipeline": ("",), "StableDiffusionXLPipeline": ("", "_2")}
 
 
+def name_of(source):
+    """What a folder that the user names is found by from any other, by locate(): its path in this
+    repository, or its whole path; names of the model hub stay."""
+    for folder in (Path(source), ROOT / source):
+        if folder.is_dir():
+            folder = folder.resolve()
+            return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
+    return str(source)
+
+
 def locate(source, *parts):
     """A pipeline's folder: `source` itself, or these parts of it from the model hub."""
-    if Path(source).is_dir():
-        return Path(source)
+    for folder in (ROOT / source, Path(source)):
+        if folder.is_dir():
+            return folder
     hub = library("huggingface_hub")
     wanted = ["model_index.json", "scheduler/*.json", "unet/config.json"] + [
         f"{part}/*.{kind}" for part in parts for kind in ("json", "txt", "safetensors")]
@@ -116,6 +128,20 @@ def with_text_encoder(network, pipeline):
     return pipeline.serve(both, pipeline.prompts)
 
 
+def unknown_words(tokenizer, prompts, encodings):
+    """The words of which single letters or bytes are left, or the token of what is unknown."""
+    found = {}
+    for prompt, encoding in zip(prompts, encodings):
+        pieces = {}
+        for word, token in zip(encoding.word_ids, encoding.tokens):
+            pieces.setdefault(word, []).append(token.removesuffix("</w>"))
+        for word in pieces.keys() - {None}:             # None: begin, end and padding
+            word, parts = prompt[slice(*encoding.word_to_chars(word))], pieces[word]
+            if tokenizer.unk_token in parts or len(parts) > 1 and min(map(len, parts)) == 1:
+                found[word] = None
+    return list(found)
+
+
 class Pipeline(nn.Module):
     """What is frozen around the network: prompts -> y, latents <-> pictures."""
 
@@ -141,6 +167,7 @@ class Pipeline(nn.Module):
         finer = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.size = finer * read_json(folder / "unet" / "config.json")["sample_size"]
         self.cut = False                # whether it was said that a prompt is too long
+        self.spelled = False            # whether it was said that a word is not known
 
     def tokens(self, prompts, tokenizer):
         """Their numbers, [B, tokens]."""
@@ -150,6 +177,10 @@ class Pipeline(nn.Module):
             self.cut = True
             print(f"a prompt has more than {tokenizer.model_max_length} tokens: it is cut "
                   "there, as every long one is", file=sys.stderr)
+        if not self.spelled and (words := unknown_words(tokenizer, prompts, tokens.encodings)):
+            self.spelled = True
+            print(f"the tokenizer does not know {', '.join(map(repr, words[:5]))}: spelled out, "
+                  "it may mean nothing to the network", file=sys.stderr)
         return tokens.input_ids.to(self.vae.device)
 
     @torch.no_grad()
@@ -175,7 +206,7 @@ class Pipeline(nn.Module):
             null[:, :-SIZES] = 0
         return Conditions(
             len(prompts), lambda index: embed([prompts[i] for i in index.tolist()]), null,
-            on_host=True)
+            on_host=True, texts=prompts)
 
     def serve(self, network, prompts):
         """The network, asked for these prompts, shows its latents as pictures."""
