@@ -2,7 +2,7 @@
 
     python sample.py --steps 3                      a grid, class by class, of the newest student
     python sample.py --compare                      the same noise through teacher and student
-    python sample.py --checkpoint runs/sd15-pmdd/stage3/best.pt --prompt "a fox" "a red car"
+    python sample.py --dataset emoji --prompt "a fox and a lemon on a green background"
     python sample.py --heun 18                      the teacher
     python sample.py --n 50000 --out samples.zip    files for other programs: .zip, .npz or a folder
     torchrun --nproc_per_node=4 sample.py ...       shared out; on CPU the same bits
@@ -20,9 +20,10 @@ from base import distributed
 from base.distributed import gathered, say
 from base.errors import UserError, run
 from base.progress import progress
+from images.captioned import KINDS, prompts_for
+from images.emoji import SHOWN
 from images.from_seeds import choose_classes, every_step, heun, prepare, sample_block, seed_blocks
 from images.pictures import comparison, grid, save_png
-from images.prompts import read_prompts
 from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
 from models import SEEDS, sample_student
@@ -58,7 +59,8 @@ def parse(argv=None):
     labels.add_argument("--prompt", nargs="+", metavar="TEXT",
                         help="what a text-to-image network is asked for; --n pictures of each")
     labels.add_argument("--prompts", metavar="FILE",
-                        help="the same from a file: one a line, or a .json or .jsonl list")
+                        help="the same from a file, one a line, or a .json or .jsonl list; of "
+                             f"emoji also some captions: {', '.join(KINDS)}")
     what.add_argument("--grid", metavar="COLUMNS[xROWS]",
                       help="shape of the picture, in seed order")
     what.add_argument("--out", help="a .png grid, .zip (EDM's layout), .npz (arr_0, arr_1), or a "
@@ -83,23 +85,29 @@ def check(args):
         raise UserError("--steps is for a student; a teacher takes --heun")
     check_sigmas(args.sigmas)
     churn_options(args.churn)
-    args.columns, rows = parse_grid(args.grid)
     check_guidance(args.guidance)
-    args.all_prompts = read_prompts(args.prompts) if args.prompts else args.prompt
+    args.all_prompts = args.prompt or args.prompts and prompts_for(
+        args.dataset, args.prompts, len(SHOWN))
+    args.kind = kind_of(args.out)
+    choose_images(args)
+    if args.compare and args.kind != "png":
+        raise UserError(f"--compare makes a picture; --out {args.out} is none")
+    if args.out:
+        check_out(Path(args.out), args.kind, args.force)
+
+
+def choose_images(args):
+    """How many, of which seeds, in how many columns."""
+    args.columns, rows = parse_grid(args.grid)
     default = ((1 if args.compare else 4) if args.all_prompts else 10 if args.compare else 100)
     args.all_seeds = parse_seeds(args.seeds) if args.seeds else range(
         args.n or (args.columns * rows if rows else default))
     count = len(args.all_seeds) * len(args.all_prompts or [""])
     if rows and count > args.columns * rows:
         raise UserError(f"--grid {args.grid} has no place for {count} images")
-    args.kind = kind_of(args.out)
     if args.kind == "png" and count > LARGEST_GRID:
         more = "" if args.compare else "; for more give --out a .zip, .npz or folder"
         raise UserError(f"a picture of {count} images; allowed: {LARGEST_GRID}{more}")
-    if args.compare and args.kind != "png":
-        raise UserError(f"--compare makes a picture; --out {args.out} is none")
-    if args.out:
-        check_out(Path(args.out), args.kind, args.force)
 
 
 def parse_grid(text):
@@ -196,8 +204,7 @@ def draw_block(numbers, ask, rows, device, precision):
 
 
 def write_picture(path, blocks, args, rows, labels):
-    everything = list(blocks)
-    if not everything:
+    if not (everything := list(blocks)):
         return                                              # not rank 0
     variants = [np.concatenate(parts) for parts in zip(*(images for _, images, _ in everything))]
     columns, texts, labelled = args.columns, [text for row in rows for text in row.texts], {}
@@ -309,6 +316,9 @@ def main(argv=None):
     args = parse(argv)
     device = distributed.start(args.device)
     rows = open_rows(args)
+    if rows[0].opened.dataset == "emoji" and not (args.all_prompts or args.label or args.labels):
+        args.all_prompts = list(SHOWN)
+        choose_images(args)
     for row in rows:
         row.opened.ask(args.all_prompts, "--prompt or --prompts", device)
     labels = choose_labels(args, rows[0].opened)
