@@ -26,7 +26,7 @@ BACKGROUNDS = {"white": (246, 246, 246), "yellow": (252, 226, 92), "orange": (25
                "green": (128, 206, 122), "gray": (148, 154, 164)}
 COLOURS = tuple(BACKGROUNDS)
 KINDS = ("one", "two", "unseen background", "unseen pair")
-PICTURES, PICTURES_SEED = 50_000, 10        # of the reference, and of what else needs real ones
+PICTURES, PICTURES_SEED = 40_000, 4         # the real ones, of a teacher and of the reference
 CAPTIONS_SEED = 11                          # of what a student is trained on, and scored at
 BLOCK = 10_000                              # scenes drawn at a time: fewer are the first of more
 WORDINGS = ("{emoji} on {a_colour} background", "{emoji} on {colour}",
@@ -153,23 +153,6 @@ def place(emoji, size, x, y, mirrored):
     rows, columns = (torch.where(i, p, SIDE - 1) for i, p in zip(inside, (rows, columns)))
     return glyphs()[emoji[:, None, None], size[:, None, None], rows[:, :, None],
                     columns[:, None, :]]
-
-
-class Emoji:
-    """What a teacher learns from, and DMD2's GAN: the same pictures and captions every time."""
-
-    count, seed = 40_000, 4
-
-    def __init__(self):
-        scenes = draw_scenes(self.count, torch.Generator().manual_seed(self.seed))
-        self.pictures, self.captions = paint(scenes), captions(scenes)
-
-    def __len__(self):
-        return self.count
-
-    def read(self, index):
-        """uint8 [3,32,32]"""
-        return self.pictures[index].numpy()
 
 
 # Captions -----------------------------------------------------------------------------------

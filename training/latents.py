@@ -7,7 +7,6 @@ import torch
 
 from base.errors import UserError
 from images.captioned import open_captioned
-from images.emoji import Emoji
 from training.kept import made_once
 
 PART = 256                      # images that an interruption can cost
@@ -31,13 +30,10 @@ class Latents:
 
 def latents_of(source, pipeline, network, folder, device, stop):
     """A draw of the VAE's posterior for each image, as in DMD2."""
-    if source == "emoji":
-        images = Emoji()
-    elif not Path(source).exists():
+    if source != "emoji" and not Path(source).exists():
         raise UserError(f"--data {source}: no such folder or zip; wanted: pictures with captions, "
                         "in dataset.json or in a .txt beside each")
-    else:
-        images = open_captioned(source, pipeline.size)
+    images = open_captioned(source, pipeline.size)
 
     def make(part):
         rows = np.zeros(len(part), [("latent", np.float16, network.shape)])

@@ -13,8 +13,8 @@ from base.devices import compile_network
 from base.distributed import say
 from base.errors import UserError
 from edm_networks import EDMPrecond
-from images.emoji import Emoji
-from images.prompts import read_prompts
+from images import emoji
+from images.captioned import prompts_for
 from models import AdaptedWithHead, Guided
 from weights import checkpoint
 from weights.opening import Opened, find_teacher, open_network, steps_text
@@ -178,12 +178,11 @@ def assemble(config, teacher, begin=None):
 
 
 def prompts_of(config, options):
-    if config.dataset == "emoji" and not options.prompts:
-        return Emoji().captions
-    if not options.prompts:
+    prompts = prompts_for(config.dataset, options.prompts, emoji.PICTURES)
+    if not prompts:
         raise UserError("text to image is trained on prompts: give --prompts FILE, one prompt a "
                         "line")
-    return read_prompts(options.prompts)
+    return prompts
 
 
 def trainable(network, augmented=False):

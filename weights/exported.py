@@ -1,4 +1,4 @@
-"""A student as a folder that diffusers samples, and back.
+"""A student as a folder that diffusers samples, and back; a stage 0 as a pipeline of its own.
 
 A U-Net in safetensors under diffusers' names, the scheduler that makes our alternation, and a model
 card. sampling.json holds what sampling needs besides: the timesteps and the base pipeline's name.
@@ -7,6 +7,7 @@ card. sampling.json holds what sampling needs besides: the timesteps and the bas
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from base.files import ROOT, hidden_beside
 from text_to_image import library, reading, require
-from weights.pipeline import load_unet, read_json
+from weights.pipeline import load_unet, locate, read_json
 from weights import checkpoint
 
 CARD = Path(__file__).parents[1] / "assets" / "model_card.md"
@@ -65,11 +66,29 @@ def export(network, base, sigmas, out, facts):
         sampling = {"base": str(base), "timesteps": timesteps, "facts": facts}
         (temporary / "sampling.json").write_text(json.dumps(sampling, indent=1) + "\n")
         (temporary / "README.md").write_text(model_card(base, timesteps, facts))
-        for path in temporary.rglob("*.*"):
-            path.chmod(0o644)           # safetensors writes for its owner alone
-        os.sync()
-        temporary.rename(out)
+        publish(temporary, out)
     return timesteps
+
+
+def export_teacher(network, base, out):
+    """A stage 0 as a pipeline: its U-Net and text encoder among the other parts of its base."""
+    out = Path(out)
+    require(not out.exists(), f"{out} exists; give a new folder")
+    with hidden_beside(out, folder=True) as temporary:
+        for part in locate(base, "tokenizer", "vae").iterdir():
+            if part.name not in ("unet", "text_encoder"):
+                (shutil.copytree if part.is_dir() else shutil.copy)(part, temporary / part.name)
+        network.unet.save_pretrained(temporary / "unet")
+        network.text_encoder.save_pretrained(temporary / "text_encoder")
+        publish(temporary, out)
+
+
+def publish(temporary, out):
+    """Under its name, once it is whole and on the disk."""
+    for path in temporary.rglob("*.*"):
+        path.chmod(path.stat().st_mode | 0o644)         # safetensors writes for its owner alone
+    os.sync()
+    temporary.rename(out)
 
 
 def load_exported(folder):
@@ -85,9 +104,12 @@ def main():
     require(len(sys.argv) == 4 and sys.argv[1] == "export",
             "usage: python text_to_image.py export BEST.pt OUT")
     payload = checkpoint.load(sys.argv[2], needs=("network", "sigmas", "ema"))
-    require("pipeline" in payload and payload["sigmas"],
-            f"{sys.argv[2]} is no student of text to image")
+    require("pipeline" in payload, f"{sys.argv[2]} is of no text to image")
     network = checkpoint.network_from(payload, source=sys.argv[2])
+    if network.text_encoder is not None:
+        export_teacher(network, payload["pipeline"], sys.argv[3])
+        print(f"{sys.argv[3]}: a pipeline; --teacher {sys.argv[3]} distils it")
+        return
     facts = {name: payload[name] for name in ("method", "stage", "iteration") if name in payload}
     timesteps = export(network, payload["pipeline"], payload["sigmas"], sys.argv[3], facts)
     print(f"{sys.argv[3]}: timesteps {timesteps}; its README.md has the code that samples it")
