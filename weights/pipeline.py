@@ -199,7 +199,7 @@ class Pipeline(nn.Module):
     def conditions(self, prompts, network):
         """The prompts by their index; none is "", for SDXL zeros beside the sizes."""
         embed = self.embed
-        if network.text_encoder is not None:
+        if getattr(network, "text_encoder", None) is not None:      # a guided one has none
             embed = partial(self.tokens, tokenizer=self.tokenizers[0])
         null = embed([""])
         if self.zero_null:
