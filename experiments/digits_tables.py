@@ -2,39 +2,13 @@
 
 import numpy as np
 
-from base.files import ROOT, read_json
-from experiments.tables import KEPT, RUNS, score
+from base.files import ROOT
+from experiments.recorded_runs import form_of, markdown, spread
+from experiments.tables import PLAN, RUNS
 from metrics.evaluations import read_records
-from training.run_folder import read_metrics
 from weights.opening import steps_text
 
-
-def spread(values, form):
-    if len(values) == 1:
-        return f"{form.format(values[0])} (one seed)"
-    mean, least, most = (form.format(f(values)) for f in (np.mean, min, max))
-    return f"{mean} ({least} to {most})"
-
-
-def cell(name, steps=None, what="digits-FID"):
-    """Mean over the seeds that have been run (least to most)."""
-    form = "{:.1%}" if what == "right_class" else "{:.3f}"
-    done = [k for k in RUNS[name].seeds
-            if (ROOT / KEPT / name / f"seed{k}" / "evaluation.json").exists()]
-    return spread([score(name, k, steps, what) for k in done], form) if done else "not run"
-
-
-def both(name, steps):
-    return f"{cell(name, steps)}; {cell(name, steps, 'right_class')}"
-
-
-def markdown(heading, rows):
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def row(text, name, steps, *paper):
-    return [text, cell(name, steps), cell(name, steps, "right_class"), *paper]
+cell, row, both = PLAN.cell, PLAN.row, PLAN.both
 
 
 def methods():
@@ -65,11 +39,11 @@ def steps():
 
 
 def teacher_rows():
-    path, rows = ROOT / KEPT / "teacher.json", []
+    path, rows = ROOT / PLAN.kept / "teacher.json", []
     entries = read_records(path) if path.exists() else []
     for entry in sorted(entries, key=lambda e: e["evaluations"]):
-        forms = (("digits-FID", "{:.3f}"), ("right_class", "{:.1%}"))
-        figures = [spread(entry["figures"][what]["values"], form) for what, form in forms]
+        figures = [spread(entry["figures"][what]["values"], form_of(what))
+                   for what in (PLAN.metric, PLAN.share)]
         text = f"teacher, {entry['evaluations']} evaluation" + "s" * (entry["evaluations"] > 1)
         rows.append([text, *figures, "-", "-"])
     return rows
@@ -125,24 +99,19 @@ def ttur():
 
 def brightness(name, seed):
     """(iterations, brightness of the batch) from the metrics."""
-    lines = [line for line in read_metrics(ROOT / KEPT / name / f"seed{seed}" / "metrics.jsonl")
-             if "image_mean" in line]
-    return [line["iteration"] for line in lines], [line["image_mean"] for line in lines]
+    return PLAN.over_training(name, seed, "image_mean")
 
 
 def fid_over_training(name, seed):
     """(iterations, digits-FID) of the evaluations while it trained."""
-    key = f"digits-FID@{RUNS[name].stage}"
-    lines = [line for line in read_metrics(ROOT / KEPT / name / f"seed{seed}" / "metrics.jsonl")
-             if key in line]
-    return [line["iteration"] for line in lines], [line[key] for line in lines]
+    return PLAN.over_training(name, seed, f"digits-FID@{RUNS[name].stage}")
 
 
 def unrest(name):
     """Standard deviation of the brightness over the second half of training, mean over seeds."""
     found = []
     for seed in RUNS[name].seeds:
-        if (ROOT / KEPT / name / f"seed{seed}" / "metrics.jsonl").exists():
+        if (ROOT / PLAN.record(name, seed, "metrics.jsonl")).exists():
             values = brightness(name, seed)[1]
             found.append(np.std(values[len(values) // 2:]))
     return f"{np.mean(found):.4f}" if found else "not run"
@@ -158,11 +127,7 @@ def weightings():
 
 def again():
     """What was made a second time."""
-    path = ROOT / KEPT / "again.json"
-    words = {True: "equal to the last digit", False: "differs"}
-    return markdown(["run", "seed", "figures at every number of steps", "every line of its log"],
-                    [[f"`{one['run']}`", str(one["seed"]), words[one["figures"]],
-                      words[one["metrics"]]] for one in (read_json(path) if path.exists() else [])])
+    return PLAN.compared()
 
 
 TABLES = {f.__name__: f for f in (methods, steps, budgets, two_step_ablation, unforget_weights,

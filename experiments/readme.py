@@ -12,7 +12,7 @@ from base.download import PUBLISHED
 from base.errors import Parser, UserError, run
 from base.files import ROOT, write_atomically
 from experiments import digits_tables as tables, speed_tables
-from experiments.digits_tables import markdown
+from experiments.recorded_runs import markdown
 from experiments.speed_tables import result
 from metrics.evaluations import cell, records_under, table
 from presets.rows import PRESETS

@@ -4,7 +4,7 @@ import json
 from statistics import median
 
 from base.files import ROOT
-from experiments.digits_tables import markdown
+from experiments.recorded_runs import markdown
 
 NOT_MEASURED = "not measured"
 

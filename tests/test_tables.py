@@ -1,18 +1,19 @@
 """The papers' tables: what is recorded is what the commands say, and all of it is shown."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
 
 import pytest
 
-from experiments import digits_tables, tables
+from experiments import digits_tables, recorded_runs, tables
 from helpers import call
 from presets.config import Config
 from training import options
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDED = sorted(p.parent for p in (ROOT / tables.KEPT).rglob("evaluation.json"))
+RECORDED = sorted(p.parent for p in (ROOT / tables.PLAN.kept).rglob("evaluation.json"))
 DEFAULTS = json.loads(json.dumps(vars(Config())))
 TEXT = (ROOT / "docs" / "RESULTS.md").read_text()
 
@@ -20,14 +21,14 @@ TEXT = (ROOT / "docs" / "RESULTS.md").read_text()
 def test_the_page_of_results_states_the_budget_that_the_commands_have():
     for number in (tables.ITERATIONS, tables.IMAGES):
         assert f"{number:,}" in TEXT
-    command = tables.commands("pmdd-1", 0)[0]
+    command = tables.commands(tables.PLAN, "pmdd-1", 0)[0]
     assert f"--iterations {tables.ITERATIONS} " in command and "--ttur 5 " in command
 
 
 @pytest.mark.parametrize("name", tables.RUNS)
 def test_every_run_is_a_command_that_train_takes(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    train, evaluate = tables.commands(name, 1)
+    train, evaluate = tables.commands(tables.PLAN, name, 1)
     (_, config, where), = options.parse(shlex.split(train)[2:])
     assert config.seed == 1 and str(where.folder).endswith(f"{name}/seed1/stage{config.stage}")
     assert config.stage == tables.RUNS[name].stage == len(config.sigmas)
@@ -42,7 +43,7 @@ def test_rows_that_are_compared_differ_by_their_flags_alone(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
 
     def config(name):
-        (_, config, _), = options.parse(shlex.split(tables.commands(name, 0)[0])[2:])
+        (_, config, _), = options.parse(shlex.split(tables.commands(tables.PLAN, name, 0)[0])[2:])
         return {k: v for k, v in vars(config).items() if k not in ("method", "start_from")}
 
     def differing(a, b):
@@ -64,11 +65,12 @@ def test_rows_that_are_compared_differ_by_their_flags_alone(monkeypatch, tmp_pat
 def test_a_record_is_of_its_command(folder):
     name, seed = folder.parent.name, int(folder.name.removeprefix("seed"))
     commands = (folder / "commands.txt").read_text().splitlines()
-    assert commands == tables.commands(name, seed)
+    assert commands == tables.commands(tables.PLAN, name, seed)
     (_, config, _), = options.parse(shlex.split(commands[0])[2:])
     recorded = json.loads((folder / "config.json").read_text())["config"]
     assert json.loads(json.dumps(vars(config))) == DEFAULTS | recorded  # of fields that came later
-    assert tables.score(name, seed) > 0 and 0 < tables.score(name, seed, 1, "right_class") <= 1
+    assert tables.PLAN.score(name, seed) > 0
+    assert 0 < tables.PLAN.score(name, seed, 1, "right_class") <= 1
 
 
 def test_the_tables_leave_out_no_run():
@@ -82,32 +84,30 @@ def test_a_run_is_made_once_and_made_again_the_same(monkeypatch, tmp_path, capsy
     monkeypatch.setattr(tables, "ITERATIONS", 10)
     monkeypatch.setattr(tables, "IMAGES", 64)
     monkeypatch.setattr(tables, "COMMON", "--batch 8 --evaluate-every 10 --evaluate-images 64")
-    for module in (tables, digits_tables):
-        monkeypatch.setattr(module, "KEPT", tmp_path / "kept")
-    monkeypatch.setattr(tables, "AGAIN", tmp_path / "again")
+    plan = dataclasses.replace(tables.PLAN, kept=tmp_path / "kept", work=tmp_path / "work")
     for _ in range(2):
-        tables.make_all(["pmdd-1"], (0,), 1, tables.KEPT, tmp_path / "work")
+        recorded_runs.make_all(plan, ["pmdd-1"], (0,), 1)
     assert capsys.readouterr().out.count("pmdd-1, seed 0") == 1         # the second found it made
 
-    tables.make_again(["pmdd-1"], (0,), 1)
+    recorded_runs.make_again(plan, ["pmdd-1"], (0,), 1)
     equal = "equal to the last digit"
-    assert f"| `pmdd-1` | 0 | {equal} | {equal} |" in digits_tables.again()
+    assert f"| `pmdd-1` | 0 | {equal} | {equal} |" in plan.compared()
     log = tmp_path / "kept" / "pmdd-1" / "seed0" / "metrics.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join([lines[0].replace('"iteration": ', '"iteration": 1'), *lines[1:]]))
-    tables.make_again(["pmdd-1"], (0,), 1)
-    assert "| `pmdd-1` | 0 | equal to the last digit | differs |" in digits_tables.again()
+    recorded_runs.make_again(plan, ["pmdd-1"], (0,), 1)
+    assert "| `pmdd-1` | 0 | equal to the last digit | differs |" in plan.compared()
     other = {"run": "dmd", "seed": 2, "figures": True, "metrics": True}
-    (tables.KEPT / "again.json").write_text(json.dumps([other]))
-    tables.make_again(["pmdd-1"], (0,), 1)                  # what others found stays
-    assert json.loads((tables.KEPT / "again.json").read_text())[0] == other
+    (plan.kept / "again.json").write_text(json.dumps([other]))
+    recorded_runs.make_again(plan, ["pmdd-1"], (0,), 1)     # what others found stays
+    assert json.loads((plan.kept / "again.json").read_text())[0] == other
 
 
 @pytest.mark.parametrize("argv, said", [
     (["--jobs", 0], "--jobs 0"), (["--again", "--seeds", 7], "--seeds 7: none"),
     (["--only", "dmd-sigma", "--seeds", 1], "--seeds 1: none"), (["--only", "x"], "--only x")])
 def test_a_mistake_ends_with_two_and_one_line(argv, said, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "make_all", None)
+    monkeypatch.setattr(recorded_runs, "make_all", None)
     assert call(monkeypatch, tables, *argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error

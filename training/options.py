@@ -84,8 +84,8 @@ def parser():
                                          "published one, downloaded)")
     how.add_argument("--prompts", metavar="FILE",
                      help="what a text-to-image student is trained on: a text file, one prompt a "
-                          "line, a .json or .jsonl list, or DMD2's .pkl; of emoji also training, "
-                          "its default, one, two, unseen-background or unseen-pair")
+                          "line, a .json or .jsonl list, or DMD2's .pkl (default for emoji: their "
+                          "own captions)")
     how.add_argument("--cache", help="folder of downloads (default: $PMDD_CACHE or ~/.cache/pmdd)")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     how.add_argument("--batch-per-gpu", type=int, default=0,

@@ -196,10 +196,10 @@ class Pipeline(nn.Module):
         sizes = y.new_tensor([self.size, self.size, 0, 0, self.size, self.size])
         return torch.cat([y, output.text_embeds, sizes.expand(len(y), -1)], dim=1)
 
-    def conditions(self, prompts, network):
+    def conditions(self, prompts, network=None):
         """The prompts by their index; none is "", for SDXL zeros beside the sizes."""
         embed = self.embed
-        if network.text_encoder is not None:
+        if getattr(network, "text_encoder", None) is not None:      # a stage 0
             embed = partial(self.tokens, tokenizer=self.tokenizers[0])
         null = embed([""])
         if self.zero_null:

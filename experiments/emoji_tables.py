@@ -1,0 +1,244 @@
+"""The papers' tables of text to image on the embedded emoji: the runs behind them, and the tables.
+
+    python -m experiments.emoji_tables             make the runs that results/emoji/tables has not
+    python -m experiments.emoji_tables --only teacher pmdd-1 --seeds 0
+    python -m experiments.emoji_tables --pictures  results/emoji/*.png of them (needs matplotlib)
+    python -m experiments.emoji_tables --again --only pmdd-1 --seeds 0    once more, and compare
+
+Each run is a command of train.py and some of evaluate.py, on one thread; its small files are kept
+under results/emoji/tables/<run>/seed<k>/, its checkpoints under runs/emoji-tables.
+"""
+
+from pathlib import Path
+
+from base.errors import run
+from base.files import ROOT
+from experiments.recorded_runs import SEEDS, Plan, Run, form_of, markdown, parse, run_all, spread
+from images.captioned import KINDS
+from images.pictures import matplotlib_pyplot
+from metrics.evaluations import read_records
+from presets.rows import find
+from weights.opening import steps_text
+
+# What it all costs: about 0.4, 0.6, 0.8 s an iteration of stages 1, 2, 3 on one thread.
+ITERATIONS = {1: 1_200, 2: 500, 3: 400}     # of a stage; steps trained together have their sum
+LONG = 800                                  # of stage 2 where the unforget weight is compared
+PAIRS = 1_000                               # of DMD's regression
+IMAGES, EACH = 2_000, 1_000                 # of each figure; of each kind of captions
+SCORED = 1_000                              # images, four times in a run, eight in the long ones
+HEUN, COARSE, FINE = "1 2 3 5 9 25", 9, 25  # steps of the teacher: 2n - 1 evaluations
+
+GUIDANCE = find("emoji", "pmdd", 1).config.guidance
+GUIDANCES = (1, 1.75, 3, 5, 8)
+WEIGHTS = ("0", "0.01", "0.1", "0.3", "1", "3", "10")
+SAMPLINGS = ("external-sampling", "no-external-sampling")
+HELD_OUT = tuple(kind for kind in KINDS if kind != "training")
+ALL_KINDS = ("teacher", "pmdd-3")           # runs that are asked for every kind of captions
+
+
+def progressive(prefix, flags="", seeds=SEEDS):
+    return {f"{prefix}-{k}": Run(f"--stage {k} {flags}".strip(), f"{prefix}-{k - 1}" * (k > 1),
+                                 seeds) for k in ITERATIONS}
+
+
+def guided(weight):
+    """The one-step student of this guidance."""
+    return {GUIDANCE: "pmdd-1", 1: "unguided-1"}.get(weight, f"guidance-{weight}")
+
+
+RUNS = {
+    "teacher": Run("", seeds=SEEDS[:1]),    # evaluated alone
+    # DMD2 without GAN at one step is PMDD's stage 1, to the last flag.
+    **progressive("pmdd"),
+    **progressive("unguided", "--guidance 1"),
+    **{f"dmd2-{k}": Run(f"--method dmd2 --stage {k}", stages=k) for k in (2, 3)},
+    "dmd2-gan": Run("--method dmd2 --variant gan"),
+    "dmd": Run(f"--method dmd --regression-pairs {PAIRS}"),
+    "sid": Run("--method sid"),
+    # One seed: the unforget weight, PMDD Table 6 and Figure 3; guidance.
+    **{f"beta-{beta}-{sampling}": Run(f"--stage 2 --unforget-weight {beta} --{sampling}", "pmdd-1",
+                                      SEEDS[:1]) for beta in WEIGHTS for sampling in SAMPLINGS},
+    **{guided(weight): Run(f"--stage 1 --guidance {weight}", seeds=SEEDS[:1])
+       for weight in GUIDANCES if guided(weight).startswith("guidance")}}
+
+
+# ---- Running ----
+
+def iterations(name):
+    """Of a run, and from one evaluation to the next."""
+    if name.startswith("beta"):
+        return LONG, LONG // 8
+    stages = range(1, RUNS[name].stages + 1) if RUNS[name].stages > 1 else [RUNS[name].stage]
+    total = sum(ITERATIONS[k] for k in stages)
+    return total, total // 4
+
+
+def commands(plan, name, seed):
+    """What makes a run and its figures."""
+    row = plan.runs[name]
+    what = (f"--dataset emoji --guidance {GUIDANCE:g} --heun" if name == "teacher" else
+            f"--checkpoint {plan.best(name, seed)}")
+    kinds = [f"python evaluate.py {what}{f' {FINE}' * (name == 'teacher')} --prompts {kind} "
+             f"--n {EACH} --out {plan.record(name, seed, f'{kind}.json')}"
+             for kind in HELD_OUT if name in ALL_KINDS]
+    if name == "teacher":
+        trade = [f"python evaluate.py --dataset emoji --heun {COARSE} --guidance {weight} "
+                 f"--n {IMAGES} --out {plan.record(name, seed, f'guidance-{weight}.json')}"
+                 for weight in GUIDANCES]
+        return [*kinds, *trade, f"python evaluate.py {what} {HEUN} --repeats 3 --n {IMAGES} "
+                                f"--out {plan.record(name, seed)}"]
+    start = f" --start-from {plan.best(row.after, seed)}" if row.after else ""
+    total, every = iterations(name)
+    train = (f"python train.py --dataset emoji {row.flags}{start} --iterations {total} "
+             f"--evaluate-every {every} --evaluate-images {SCORED} --seed {seed} "
+             f"--folder {plan.work / name / f'seed{seed}'}")
+    return [train, *kinds, f"python evaluate.py {what} --n {IMAGES} "
+                           f"--out {plan.record(name, seed)}"]
+
+
+PLAN = Plan(RUNS, commands, "emoji-FID", "right_picture", Path("results/emoji/tables"),
+            Path("runs/emoji-tables"))
+row, cell = PLAN.row, PLAN.cell
+
+
+# ---- Tables ----
+
+def emoji_methods():
+    """PMDD Table 2."""
+    rows = [row(f"PMDD, guidance {GUIDANCE:g}, {steps_text(k)}", f"pmdd-{k}", k, paper)
+            for k, paper in ((1, "10.41; 0.302"), (2, "8.63; 0.30"), (3, "8.50; 0.302"))]
+    rows += [row(f"PMDD, guidance 1, {steps_text(k)}", f"unguided-{k}", k, paper)
+             for k, paper in ((1, "-"), (2, "-"), (3, "8.26; 0.298"))]
+    rows += [row(f"DMD2 without GAN, {text}", name, k, paper) for k, name, text, paper in (
+        (1, "pmdd-1", "1 step: PMDD's stage 1", "9.35; 0.304"),
+        (2, "dmd2-2", "2 steps together", "10.44; 0.301"),
+        (3, "dmd2-3", "3 steps together", "9.18; 0.303"))]
+    rows += [row("DMD2 with GAN, 1 step", "dmd2-gan", 1, "8.35; 0.30"),
+             row("DMD with regression, 1 step", "dmd", 1, "11.49; -"),
+             row("sid, 1 step", "sid", 1, "fails")]
+    return markdown(["", "emoji-FID", "right picture", "paper, COCO: FID; CLIP score"],
+                    rows + teacher_rows())
+
+
+def teacher_rows():
+    return [[f"teacher, guidance {GUIDANCE:g}, {evaluations} evaluation{'s' * (evaluations > 1)}",
+             *(spread(figures[what]["values"], form_of(what)) for what in (PLAN.metric,
+                                                                          PLAN.share)), "-"]
+            for seed in PLAN.done("teacher") for evaluations, figures in PLAN.scores("teacher",
+                                                                                   seed)]
+
+
+def emoji_budgets():
+    """PMDD Table 3."""
+    rows = [[text, *(PLAN.both(name, k) for k in (3, 2, 1))]
+            for text, name in (("DMD2 without GAN", "dmd2-3"), ("PMDD", "pmdd-3"))]
+    return markdown(["three-step student sampled at", "3 steps", "2 steps", "1 step"], rows + [
+        ["paper, COCO: DMD2 without GAN", "9.18", "10.36", "23.32"],
+        ["paper, COCO: PMDD", "8.50", "10.07", "12.65"]])
+
+
+def emoji_unforget_weights():
+    """PMDD Table 6: of the best checkpoint, and the share of right pictures as training ends."""
+    paper = {"0.3": "8.57 / 11.81 / 8.63 / 11.67", "1": "8.66 / 11.52 / 8.79 / 11.42",
+             "3": "8.61 / 10.50 / 8.89 / 10.98", "10": "9.00 / 9.99 / 9.44 / 10.07"}
+    rows = [[weight, *(PLAN.both(f"beta-{weight}-{sampling}", k) for sampling in SAMPLINGS
+                       for k in (2, 1)),
+             "; ".join(at_the_end(f"beta-{weight}-{sampling}") for sampling in SAMPLINGS),
+             paper.get(weight, "-")] for weight in WEIGHTS]
+    return markdown(["beta", "external: 2 steps", "external: 1 step", "own: 2 steps", "own: 1 step",
+                     "2, 1 steps at the end: external; own", "paper, COCO: these four"], rows)
+
+
+def at_the_end(name):
+    if not PLAN.done(name):
+        return "not run"
+    ends = [PLAN.over_training(name, 0, f"right_picture@{k}")[1][-1] for k in (2, 1)]
+    return ", ".join(f"{value:.1%}" for value in ends)
+
+
+def emoji_guidance():
+    """What the papers draw with the CLIP score."""
+    def of_teacher(weight):
+        path = ROOT / PLAN.record("teacher", 0, f"guidance-{weight}.json")
+        if not PLAN.done("teacher"):
+            return ["not run"] * 2
+        figures = read_records(path)[0]["figures"]
+        return [form_of(what).format(figures[what]["mean"]) for what in (PLAN.metric, PLAN.share)]
+
+    return markdown(
+        ["guidance", f"teacher, {2 * COARSE - 1} evaluations: emoji-FID", "right picture",
+         "one step: emoji-FID", "right picture"],
+        [[f"{weight:g}", *of_teacher(weight), *row("", guided(weight), 1)[1:]]
+         for weight in GUIDANCES])
+
+
+def emoji_held_out():
+    """Right pictures for captions of every kind."""
+    rows = [(f"teacher, {2 * FINE - 1} evaluations", "teacher", 2 * FINE - 1)]
+    rows += [(f"student, {steps_text(k)}", "pmdd-3", k) for k in (3, 2, 1)]
+    return markdown(
+        ["right picture", *(kind.replace("-", " ") for kind in HELD_OUT)],
+        [[text, *(cell(name, steps, "right_picture", f"{kind}.json") for kind in HELD_OUT)]
+         for text, name, steps in rows])
+
+
+TABLES = {f.__name__: f for f in (emoji_methods, emoji_budgets, emoji_unforget_weights,
+                                  emoji_guidance, emoji_held_out)} | {"emoji_again": PLAN.compared}
+
+
+# ---- Pictures ----
+
+def draw_all():
+    """PMDD Figure 3, and guidance's trade-off."""
+    plt = matplotlib_pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
+    for (k, sampling), axis in zip(((k, s) for k in (2, 1) for s in SAMPLINGS), axes.flat):
+        for name in (f"beta-{weight}-{sampling}" for weight in WEIGHTS):
+            if PLAN.done(name):
+                axis.plot(*PLAN.over_training(name, 0, f"emoji-FID@{k}"), marker=".",
+                          label=f"beta {name.split('-')[1]}")
+        own = "own" if sampling.startswith("no") else "external"
+        axis.set(title=f"{steps_text(k)}, {own} sampling", ylabel="emoji-FID", yscale="log",
+                 xlabel="iterations")
+    save(figure, axes.flat, "unforget.png")
+
+    figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
+    for text, points in trade_offs().items():
+        axis.plot(*zip(*points), label=text, marker="o")
+    axis.set(xlabel="right picture", ylabel="emoji-FID")
+    save(figure, [axis], "guidance.png")
+
+
+def trade_offs():
+    """(right picture, emoji-FID) of each guidance, of the teacher and the one-step student."""
+    found = {}
+    for weight in GUIDANCES:
+        for text, name, file in (("teacher", "teacher", f"guidance-{weight}.json"),
+                                 ("student, 1 step", guided(weight), "evaluation.json")):
+            if PLAN.done(name):
+                figures = PLAN.scores(name, 0, file)[0][1]
+                found.setdefault(text, []).append(
+                    (figures["right_picture"]["mean"], figures["emoji-FID"]["mean"]))
+    return found
+
+
+def save(figure, axes, name):
+    for axis in axes:
+        if axis.lines:
+            axis.legend(fontsize=8)
+    path = ROOT / "results" / "emoji" / name
+    figure.savefig(path, dpi=100)
+    print(f"wrote {path}")
+
+
+def main():
+    args = parse("emoji_tables.py", __doc__, PLAN)
+    if args.pictures:
+        draw_all()
+    else:
+        run_all(args, PLAN)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,221 @@
+"""Runs that are made once, recorded, and made again to be compared.
+
+Each is a few commands on one thread, as a person would type them; its small files are kept under
+results/, its checkpoints under runs/.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from base.errors import Parser, RunFailed, UserError
+from base.files import ROOT, read_json, write_json
+from metrics.evaluations import read_records
+from training.run_folder import read_metrics
+
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Run:
+    flags: str                          # of train.py, beyond those that all runs have
+    after: str = ""                     # the run whose best.pt it starts from
+    seeds: tuple = SEEDS
+    stages: int = 1                     # whose iterations it has
+
+    @property
+    def stage(self):
+        words = self.flags.split()
+        return int(words[words.index("--stage") + 1]) if "--stage" in words else 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs behind a page of tables."""
+    runs: dict                          # by name
+    commands: Callable                  # plan, name, seed -> list; the last writes evaluation.json
+    metric: str                         # the first of the figures
+    share: str                          # and the second
+    kept: Path
+    work: Path
+
+    @property
+    def again(self):
+        """Where everything is made a second time."""
+        folder = self.work.with_name(f"{self.work.name}-again")
+        return replace(self, kept=folder / "kept", work=folder / "work")
+
+    def best(self, name, seed):
+        return self.work / name / f"seed{seed}" / f"stage{self.runs[name].stage}" / "best.pt"
+
+    def record(self, name, seed, file="evaluation.json"):
+        return self.kept / name / f"seed{seed}" / file
+
+    def done(self, name):
+        """The seeds that have been run."""
+        return [k for k in self.runs[name].seeds if (ROOT / self.record(name, k)).exists()]
+
+    def scores(self, name, seed, file="evaluation.json"):
+        return [(entry["evaluations"], entry["figures"])
+                for entry in read_records(ROOT / self.record(name, seed, file))]
+
+    def log(self, name, seed):
+        """Every line of the run's log, but for its speed."""
+        return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")}
+                for line in read_metrics(ROOT / self.record(name, seed, "metrics.jsonl"))]
+
+    def over_training(self, name, seed, key):
+        """(iterations, values) of what the log tells under this name."""
+        lines = [line for line in self.log(name, seed) if key in line]
+        return [line["iteration"] for line in lines], [line[key] for line in lines]
+
+    def score(self, name, seed, steps=None, what=None, file="evaluation.json"):
+        """Of a run at its own number of steps, or at another number of evaluations."""
+        for evaluations, scores in self.scores(name, seed, file):
+            if evaluations == (steps or self.runs[name].stage):
+                return scores[what or self.metric]["mean"]
+        raise UserError(f"{self.kept / name} has no scores at {steps} steps")
+
+    def cell(self, name, steps=None, what=None, file="evaluation.json"):
+        """Mean over the seeds that have been run (least to most)."""
+        done = self.done(name)
+        values = [self.score(name, k, steps, what, file) for k in done]
+        return spread(values, form_of(what or self.metric)) if done else "not run"
+
+    def row(self, text, name, steps, *paper):
+        return [text, self.cell(name, steps), self.cell(name, steps, self.share), *paper]
+
+    def both(self, name, steps):
+        return f"{self.cell(name, steps)}; {self.cell(name, steps, self.share)}"
+
+    def compared(self):
+        """What was made a second time, as a table."""
+        path = ROOT / self.kept / "again.json"
+        words = {True: "equal to the last digit", False: "differs"}
+        return markdown(["run", "seed", "figures at every number of steps",
+                         "every line of its log"],
+                        [[f"`{one['run']}`", str(one["seed"]), words[one["figures"]],
+                          words[one["metrics"]]]
+                         for one in (read_json(path) if path.exists() else [])])
+
+
+# ---- Text ----
+
+def form_of(what):
+    return "{:.3f}" if "FID" in what else "{:.1%}"
+
+
+def spread(values, form):
+    if len(values) == 1:
+        return f"{form.format(values[0])} (one seed)"
+    mean, least, most = (form.format(f(values)) for f in (np.mean, min, max))
+    return f"{mean} ({least} to {most})"
+
+
+def markdown(heading, rows):
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- Running ----
+
+def make(plan, name, seed, needed=None):
+    """Run, unless its figures are there from the same commands; keep the small files."""
+    if needed:
+        needed.result()
+    text = "\n".join(plan.commands(plan, name, seed)) + "\n"
+    kept = ROOT / plan.kept / name / f"seed{seed}"
+    if (kept / "evaluation.json").exists() and (kept / "commands.txt").read_text() == text:
+        return
+    kept.mkdir(parents=True, exist_ok=True)
+    (kept / "evaluation.json").unlink(missing_ok=True)
+    began = time.monotonic()
+    for command in text.splitlines():
+        done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, text=True,
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            raise RunFailed(f"{command}: exit code {done.returncode}: {done.stderr[-500:]}")
+        (kept / "commands.txt").write_text(text)
+    trained = (ROOT / plan.best(name, seed)).parent
+    if trained.is_dir():                                    # a teacher is not trained here
+        for file in ("config.json", "metrics.jsonl"):
+            shutil.copy(trained / file, kept / file)
+    evaluations, scores = plan.scores(name, seed)[-1]
+    print(f"{name}, seed {seed}: {(time.monotonic() - began) / 60:.1f} minutes, "
+          f"{plan.metric} {scores[plan.metric]['mean']:.3f} at {evaluations} evaluations",
+          flush=True)
+
+
+def make_all(plan, names, seeds, jobs):
+    with ThreadPoolExecutor(jobs) as pool:
+        started = {}
+        for seed in seeds:                                  # whole tables of one seed first
+            for name in names:
+                if seed in plan.runs[name].seeds:
+                    needed = started.get((plan.runs[name].after, seed))
+                    started[name, seed] = pool.submit(make, plan, name, seed, needed)
+        try:
+            failed = [str(one.exception()) for one in started.values() if one.exception()]
+        except KeyboardInterrupt:                           # those that run end, no other begins
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failed:
+        raise RunFailed(failed[0])
+
+
+def make_again(plan, names, seeds, jobs):
+    """A second time, in a folder of its own; what is equal to the record is recorded too."""
+    second = plan.again
+    shutil.rmtree(ROOT / second.kept.parent, ignore_errors=True)
+    make_all(second, names, seeds, jobs)
+    found = [{"run": name, "seed": seed,
+              "figures": plan.scores(name, seed) == second.scores(name, seed),
+              "metrics": plan.log(name, seed) == second.log(name, seed)}
+             for name in names for seed in seeds if seed in plan.runs[name].seeds]
+    path = ROOT / plan.kept / "again.json"
+    made = [(one["run"], one["seed"]) for one in found]
+    kept = [one for one in (read_json(path) if path.exists() else [])
+            if (one["run"], one["seed"]) not in made]
+    write_json(path, sorted(kept + found, key=lambda one: (list(plan.runs).index(one["run"]),
+                                                           one["seed"])))
+
+
+# ---- Command ----
+
+def parse(prog, description, plan):
+    parser = Parser(prog=prog, description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="RUN", default=list(plan.runs),
+                        help=f"these runs alone: {', '.join(plan.runs)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="K",
+                        help="of training (default: 0 1 2)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="runs at the same time, a thread each (default: one a core)")
+    parser.add_argument("--again", action="store_true",
+                        help="make the runs a second time and compare them with the recorded ones")
+    parser.add_argument("--pictures", action="store_true",
+                        help="draw the pictures of them and run nothing")
+    args = parser.parse_args()
+    unknown = sorted(set(args.only) - set(plan.runs))
+    if unknown:
+        raise UserError(f"--only {' '.join(unknown)}: there is {', '.join(plan.runs)}")
+    if not any(seed in plan.runs[name].seeds for name in args.only for seed in args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: none of these runs has one of "
+                        f"them; there is {' '.join(map(str, SEEDS))}")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be at least 1")
+    return args
+
+
+def run_all(args, plan):
+    (make_again if args.again else make_all)(plan, args.only, args.seeds, args.jobs)
