@@ -62,9 +62,9 @@ SD15_DMD2 = replace(SD15_ROW, method="dmd2", iterations=40_000, batch=2048, lear
 
 # ---- Emoji: ours, Stable Diffusion's rows for minutes on one CPU core ----
 EMOJI_ROW = replace(SD15_ROW, dataset="emoji", teacher=EMOJI.teacher, guidance=3.0,
-                    iterations=2_000, batch=32, learning_rate=5e-4, final_rate=0.1, ttur=5,
-                    ema_halflife=2_000, ema_rampup=0.1, evaluate_every=250, evaluate_images=1_000,
-                    save_every=250)
+                    iterations=1_600, batch=32, learning_rate=5e-4, final_rate=0.2, ttur=5,
+                    ema_halflife=2_000, ema_rampup=0.1, evaluate_every=400, evaluate_images=1_000,
+                    save_every=200)
 OURS_TEXT = "ours, for the embedded emoji"
 
 # (dataset, method, stage, variant) -> row. The variant is --variant, "" without it.
@@ -168,10 +168,10 @@ PRESETS = {
 
     ("emoji", "pmdd", 1, ""): Preset(EMOJI_ROW, OURS_TEXT, CPU, None),
     ("emoji", "pmdd", 2, ""): Preset(
-        later(EMOJI_ROW, 2, iterations=1_000, learning_rate=3e-4, unforget_weight=0.3),
+        later(EMOJI_ROW, 2, iterations=800, learning_rate=3e-4, unforget_weight=0.3),
         OURS_TEXT, CPU, None),
     ("emoji", "pmdd", 3, ""): Preset(
-        later(EMOJI_ROW, 3, iterations=1_000, learning_rate=3e-4, unforget_weight=0.3),
+        later(EMOJI_ROW, 3, iterations=800, learning_rate=3e-4, unforget_weight=0.3),
         OURS_TEXT, CPU, None),
     ("emoji", "dmd", 1, ""): Preset(
         replace(EMOJI_ROW, **DMD, regression_pairs=2_000), OURS_TEXT, CPU, None),
