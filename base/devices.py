@@ -19,11 +19,11 @@ def compile_network(network, **how):
     network.compile(**how)
 
 
-def recompute(blocks):
+def recompute(blocks, **how):
     """What is inside of a block is not kept for its backward pass, but computed again, bit for bit.
     After this a block cannot be copied: its copy would compute with the weights of the first."""
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **how)
 
 
 def keep_freed_memory():

@@ -240,7 +240,7 @@ def options(args, config, subject):
                         "as --dataset sd15")
     if config.augment and "unet" in subject.network:
         raise UserError("--augment is for EDM's networks, not for text to image")
-    if args.shard and world_size == 1:
+    if args.shard and world_size == 1 and not args.dry_run:
         raise UserError("--shard: one process has nobody to share with; start several, torchrun "
                         "--nproc_per_node=2 train.py ..")
     folder = folder_of(args, config.dataset, config.method, config.stage)
