@@ -116,5 +116,5 @@ def report(iterate, stage):
     if "unet" in network:
         lines += [f"memory, all tensors of one of {n} processes, with one pass of so many images: "
                   f"{size / 2**20:,.0f} MiB"
-                  for n, size in by_gpus(iterate, config, network, how, GPUS)]
+                  for _, n, size in by_gpus(iterate, config, network, [how], GPUS)]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """What a run takes of a process's memory, by purpose, and of the disk."""
 
 import dataclasses
+import itertools
 import math
 import weakref
 from pathlib import Path
@@ -106,15 +107,17 @@ def rehearsed(iterate, config, network, how):
     return lambda how, config=config: held(config, roles, moments, how) | alive
 
 
-def by_gpus(iterate, config, network, how, gpus):
-    """{GPUs: bytes of one of them}, each with one pass of so many images an iteration."""
+def by_gpus(iterate, config, network, hows, gpus):
+    """(how, GPUs, bytes of one of them) for each, with one pass of so many images an iteration."""
     of = {}
-    for n in gpus:
-        kind = how._replace(world_size=min(n, 2))       # alone or not is what activations know
+    for how, n in itertools.product(hows, gpus):
+        if how.shard and n == 1:
+            continue
+        kind = how._replace(world_size=min(n, 2), ema_on_host=False)    # what activations know
         batch = dataclasses.replace(config, batch=n * how.batch_per_gpu)
         if kind not in of:
             of[kind] = rehearsed(iterate, batch, network, kind)
-        yield n, sum(of[kind](how._replace(world_size=n), batch).values())
+        yield how, n, sum(of[kind](how._replace(world_size=n), batch).values())
 
 
 def trained(roles):
