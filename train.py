@@ -33,7 +33,7 @@ from training.latents import latents_of
 from training.log import Log, StopSignal
 from training.noise_pairs import noise_image_pairs
 from training.options import parse
-from training.roles import load_roles, resume
+from training.roles import load_roles, resume, whole_network
 from training.run_folder import drop_unused, kept, open_run
 
 
@@ -192,8 +192,9 @@ def open_sources(config, options, roles, device, stop):
     if config.gan_weight or config.stage == 0:
         real = open_real(options, roles, network, device, stop)
     if config.regression_weight:
-        pairs = noise_image_pairs(network, config.regression_pairs, config.regression_steps,
-                                  options.folder, options.batch_per_gpu, device, stop)
+        pairs = noise_image_pairs(whole_network(network, device), config.regression_pairs,
+                                  config.regression_steps, options.folder, options.batch_per_gpu,
+                                  device, stop)
     return Sources(network.shape, network.levels.to(device), network.conditions, real, pairs)
 
 

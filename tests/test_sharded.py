@@ -164,10 +164,11 @@ def test_the_plan_of_recomputed_activations_is_a_third_at_most():
         assert kept > 3 * less
 
 
-@pytest.mark.parametrize("argv", ["--stage 1", "--method dmd2 --batch-per-gpu 8", "--stage 0"])
+@pytest.mark.parametrize("argv", ["--stage 1 --ttur 2", "--stage 0",
+                                  "--method dmd2 --ttur 2 --batch-per-gpu 8"])
 def test_recomputation_and_an_average_on_the_host_change_no_bit_of_a_run(
         monkeypatch, tmp_path, argv):
-    few = "--batch 16 --iterations 4 --ttur 2 --save-every 2 --evaluate-every 0".split()
+    few = "--batch 16 --iterations 4 --save-every 2 --evaluate-every 0".split()
     for name, more in (("plain", ()), ("less", ("--recompute", "--ema-on-host"))):
         assert call(monkeypatch, train, *argv.split(), *few, "--folder", tmp_path / name,
                     *more) == 0

@@ -15,7 +15,7 @@ from base.progress import progress
 from images.pictures import draw_curves, grid, save_png
 from metrics.judge import HEUN_STEPS
 from models import Guided, level, sample_every_step, sample_heun, sample_seeds, sample_student
-from training.roles import payload, sampled
+from training.roles import payload, whole_network
 from training.run_folder import Metrics, kept, read_metrics, write_config
 from weights.checkpoint import save, save_latest
 from weights.opening import TEXT_GUIDANCE, steps_text
@@ -28,7 +28,7 @@ def save_samples(roles, sigmas, path, device, columns=8):
     """The same noise every time: a row for each of ten classes, or of ten seeds without classes."""
     if of_text(roles):
         return save_prompted(roles, sigmas, path, device)
-    network = sampled(roles, device)
+    network = whole_network(roles.ema, device)
     sampler, asked = partial(sample_heun, steps=HEUN_STEPS), None
     if sigmas:
         sampler = partial(sample_student, sigmas=sigmas)
@@ -71,7 +71,8 @@ def save_prompted(roles, sigmas, path, device):
         x_t = images[-1] + middle * noise()
         return images + [D(x_t, middle, y) for D in (roles.teacher, roles.adapted)]
 
-    network, prompts = sampled(roles, device), roles.opened.pipeline.prompts[:SHOWN_PROMPTS]
+    network = whole_network(roles.ema, device)
+    prompts = roles.opened.pipeline.prompts[:SHOWN_PROMPTS]
     images, _ = sample_seeds(network, range(len(prompts)), sampler, range(len(prompts)), device)
     pixels = torch.stack([network.pixels(x) for x in images], 1).flatten(0, 1)
     small = F.adaptive_avg_pool2d(pixels.float(), min(pixels.shape[-1], SHOWN_SIZE)).byte().cpu()
@@ -213,7 +214,7 @@ class Log:
         self.clock.pause()
         scores = {}
         if score:
-            scores = self.scorer.score(sampled(roles, self.device), self.config.sigmas)
+            scores = self.scorer.score(whole_network(roles.ema, self.device), self.config.sigmas)
         own = str(self.config.stage) if self.config.stage else "heun"
         fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
         better = fid < self.best_fid or not self.scorer

@@ -164,16 +164,18 @@ def place(roles, options, device):
                 compile_network(network)
 
 
-def sampled(roles, device):
-    """The average as a network that samples: whole and on the device, which every rank calls for
-    where it is sharded."""
-    ema = roles.ema
-    if not distributed.sharded(ema) and next(ema.parameters()).device.type == device.type:
-        return ema
-    state = {name: distributed.whole(value).to(device) for name, value in ema.state_dict().items()}
-    network = checkpoint.build_network(ema.config, state, "the average").eval()
-    network.conditions, network.pixels = ema.conditions, ema.pixels
-    return network.requires_grad_(False)
+def whole_network(network, device):
+    """Itself where a rank can use it alone; of what is sharded or waits on the host a copy, whole
+    and on the device. Where it is sharded all ranks ask for theirs."""
+    first = next(network.parameters())
+    if not distributed.sharded(network) and first.device.type == torch.device(device).type:
+        return network
+    inner = network.network if isinstance(network, Guided) else network
+    state = {name: distributed.whole(value) for name, value in inner.state_dict().items()}
+    copied = checkpoint.build_network(inner.config, state, "the run's own network").to(first.dtype)
+    copied.conditions, copied.pixels = inner.conditions, inner.pixels
+    copied = Guided(copied, network.weight) if inner is not network else copied
+    return copied.to(device).eval().requires_grad_(False)
 
 
 def store_frozen(roles, precision):
