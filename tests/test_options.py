@@ -358,7 +358,8 @@ def test_where_and_how_have_the_defaults_that_the_help_states(monkeypatch):
     assert how == options.Options(
         folder=Path("runs/digits-dmd2/stage1"), data="digits", reference=None, inception=None,
         prompts=None, cache=None, device=None, batch_per_gpu=config.batch, precision="fp32",
-        compile=False, force=False, dry_run=False, world_size=1,
+        compile=False, shard=False, recompute=False, ema_on_host=False, force=False,
+        dry_run=False, world_size=1,
         network=DATASETS["digits"].network, class_names=tuple("0123456789"))
     monkeypatch.setenv("WORLD_SIZE", "4")               # a batch system's, not torchrun's
     assert parse()[0][2].world_size == 1

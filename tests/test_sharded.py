@@ -175,3 +175,22 @@ def test_recomputation_and_an_average_on_the_host_change_no_bit_of_a_run(
     one, other = (plain(checkpoint.load(next((tmp_path / name).glob("stage*/latest.pt"))))
                   for name in ("plain", "less"))
     assert not differences(one, other)
+
+
+# ---- What is refused. ----
+
+@pytest.mark.parametrize("argv, message", [
+    ("--shard", "--shard: one process has nobody to share with; start several, torchrun"),
+    ("--recompute --teacher {pipeline} --dataset sdxl --prompts {prompts}",
+     "--recompute: nothing is known of how this teacher's network is divided; allowed: one with")])
+def test_what_cannot_be_shared_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
+    if "{pipeline}" in argv:                            # of blocks that are not Stable Diffusion's
+        odd = dict(down_block_types=("KDownBlock2D",), up_block_types=("KUpBlock2D",),
+                   mid_block_type=None, block_out_channels=(32,), layers_per_block=1,
+                   transformer_layers_per_block=1)
+        tiny_pipelines.save(tmp_path / "pipeline", xl=True, **odd)
+        (tmp_path / "prompts").write_text("a cat")
+    argv = argv.format(pipeline=tmp_path / "pipeline", prompts=tmp_path / "prompts").split()
+    assert call(monkeypatch, train, "--stage", "1", "--folder", tmp_path / "run", *argv) == 2
+    line, = capsys.readouterr().err.splitlines()[-1:]
+    assert message in line and not (tmp_path / "run" / "stage1" / "latest.pt").exists()
