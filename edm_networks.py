@@ -318,6 +318,10 @@ class EDMPrecond(nn.Module):
         self.encoder_channels = self.model.encoder_channels
         self.encoder_resolution = self.model.encoder_resolution
 
+    @property
+    def blocks(self):
+        return [module for module in self.modules() if isinstance(module, UNetBlock)]
+
     def forward(self, x, sigma, y=None, augment_labels=None, output="denoised"):
         """x [B,C,H,W]; sigma: one value for each image or one for all; y one-hot [B,label_dim].
 

@@ -9,6 +9,7 @@ None; output="encoder" gives the features of its encoder. It tells:
     sigma_data            its denoising loss has the weight sigma^-2 + sigma_data^-2
     conditions            what can be asked of it (Conditions)
     encoder_channels, encoder_resolution        of these features, for DMD2's head
+    blocks                its largest parts, each called once in a pass: --shard, --recompute
     pixels                x0 -> uint8 images [B,C,H,W]
 
 EDM = arXiv:2206.00364, DMD = arXiv:2311.18828, DMD2 = arXiv:2405.14867, SiD = arXiv:2404.04057,
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from base.distributed import local
 from losses import dm_loss, sid_loss
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
@@ -131,6 +133,10 @@ class Guided(nn.Module):
         self.register_buffer("null", network.conditions.null, persistent=False)
         for name in ("shape", "levels", "conditions", "pixels"):
             setattr(self, name, getattr(network, name))
+
+    @property
+    def blocks(self):
+        return self.network.blocks
 
     def forward(self, x_t, sigma, y):
         both = torch.cat([self.null.to(y).expand_as(y), y])
@@ -280,6 +286,10 @@ class AdaptedWithHead(nn.Module):
         self.network = network
         self.head = GANHead(network.encoder_channels, network.encoder_resolution)
 
+    @property
+    def blocks(self):
+        return [*self.network.blocks, *self.head.layers[::3]]      # its convolutions
+
     def forward(self, x_t, sigma, y, output="denoised"):
         if output == "denoised":
             return self.network(x_t, sigma, y)
@@ -292,4 +302,9 @@ def update_ema(ema, student, images, halflife, rampup=0.0, seen=0):
     """After a half-life of images, at most a share of those `seen`, the old average counts half."""
     halflife = min(halflife, rampup * seen) if rampup else halflife     # EDM F.2 (Deviation 10)
     keep = 0.5 ** (images / halflife) if halflife else 0.0
-    torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - keep)
+    averages, weights = (list(map(local, net.parameters())) for net in (ema, student))
+    if averages[0].device == weights[0].device:
+        torch._foreach_lerp_(averages, weights, 1 - keep)
+    else:                                               # an average on the host
+        for average, weight in zip(averages, weights):
+            average.lerp_(weight.to(average.device), 1 - keep)

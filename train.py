@@ -33,7 +33,7 @@ from training.latents import latents_of
 from training.log import Log, StopSignal
 from training.noise_pairs import noise_image_pairs
 from training.options import parse
-from training.roles import load_roles, resume
+from training.roles import load_roles, resume, whole_network
 from training.run_folder import drop_unused, kept, open_run
 
 
@@ -145,7 +145,8 @@ def backward(terms, losses, parts):
 def update(optimizer, losses, gradient_name, clip):
     """One step of AdamW; adds the gradient's norm to what is logged."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    losses[gradient_name] = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    losses[gradient_name] = distributed.whole(norm)
     finite = torch.stack([*losses.values()]).isfinite().all()
     optimizer.found_inf.copy_(torch.maximum(optimizer.found_inf, (~finite).float()))
     optimizer.step()
@@ -191,8 +192,9 @@ def open_sources(config, options, roles, device, stop):
     if config.gan_weight or config.stage == 0:
         real = open_real(options, roles, network, device, stop)
     if config.regression_weight:
-        pairs = noise_image_pairs(network, config.regression_pairs, config.regression_steps,
-                                  options.folder, options.batch_per_gpu, device, stop)
+        pairs = noise_image_pairs(whole_network(network, device), config.regression_pairs,
+                                  config.regression_steps, options.folder, options.batch_per_gpu,
+                                  device, stop)
     return Sources(network.shape, network.levels.to(device), network.conditions, real, pairs)
 
 
@@ -208,7 +210,8 @@ def distill(config, options, device, stop):
     scorer = Scorer(config, options, device)            # before the long work: it may lack a file
     sources = open_sources(config, options, roles, device, stop)
     autocast = partial(torch.autocast, device.type, torch.bfloat16,
-                       enabled=options.precision == "bf16")
+                       enabled=options.precision == "bf16",
+                       cache_enabled=not options.shard)     # it would keep every weight whole
     iterate = iteration_of(config)
     log = Log(config, options, device, start, best_fid, stop, scorer)
     if unscored and log.score_due(start - 1):           # stopped before it could be evaluated

@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 def set_precision(precision):
@@ -15,6 +17,13 @@ def compile_network(network, **how):
     gradient and batch, and beyond this limit it would silently stop compiling."""
     torch._dynamo.config.cache_size_limit = 64          # recompile_limit by its older name
     network.compile(**how)
+
+
+def recompute(blocks, **how):
+    """What is inside of a block is not kept for its backward pass, but computed again, bit for bit.
+    After this a block cannot be copied: its copy would compute with the weights of the first."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **how)
 
 
 def keep_freed_memory():

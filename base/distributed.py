@@ -4,12 +4,14 @@ import contextlib
 import datetime
 import inspect
 import os
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from base.devices import keep_freed_memory
 from base.errors import UserError
@@ -87,8 +89,8 @@ def barrier():
 
 
 def parallel(module):
-    """DistributedDataParallel without a second copy of the gradients; alone, the module itself."""
-    if not dist.is_initialized():
+    """DistributedDataParallel without a second copy of the gradients; alone or sharded, itself."""
+    if not dist.is_initialized() or sharded(module):
         return module
     known = inspect.signature(DistributedDataParallel).parameters       # renamed in torch 2.13
     no_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -97,9 +99,58 @@ def parallel(module):
 
 def sync_gradients(module, last):
     """Forward and backward under this: gradients are summed over ranks at the last part only."""
+    if sharded(module):
+        module.set_requires_gradient_sync(last)
     if last or not isinstance(module, DistributedDataParallel):
         return contextlib.nullcontext()
     return module.no_sync()
+
+
+def shard(module, device, on_host=False):
+    """torch's fully_shard, on the device: a rank has its share of every weight and, only while it
+    computes, one block of them whole. With on_host the shares wait on the host."""
+    from torch.distributed import fsdp      # most of a second, which no other run has to wait
+
+    mesh = dist.init_device_mesh(device.type, (world_size(),))
+    policy = fsdp.CPUOffloadPolicy(device.type == "cuda") if on_host else fsdp.OffloadPolicy()
+    warnings.filterwarnings("ignore", "FSDP2-wrapped .* returned a view")       # none is written to
+    for part in [*module.blocks, module]:
+        fsdp.fully_shard(part, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+
+
+def sharded(module):
+    return hasattr(module, "set_requires_gradient_sync")        # of FSDPModule
+
+
+def local(value):
+    """This rank's share of a sharded tensor; anything else as it is."""
+    return value.to_local() if hasattr(value, "full_tensor") else value         # a DTensor
+
+
+def whole(value):
+    """A sharded tensor gathered, on every rank at once; anything else as it is."""
+    if not hasattr(value, "full_tensor"):
+        return value
+    return value.to(value.device_mesh.device_type).full_tensor()
+
+
+def whole_on_rank_zero(state):
+    """Tensors of a state dict as `whole`, but kept on the host of rank 0 alone."""
+    def take(value):
+        gathered = whole(value)
+        return value if gathered is value else gathered.cpu() if rank() == 0 else None
+
+    return tree_map(take, state)
+
+
+def share_of(value, like):
+    """This rank's share of a tensor, where `like` is sharded; else the tensor."""
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh = like.device_mesh
+    return distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
 
 
 def any_rank(flag, device):

@@ -34,7 +34,7 @@ from base.files import write_json
 from experiments.bench_files import make_job
 from experiments.bench_sampling import random_inputs, sampling, scoring, seconds_of, spread
 from metrics.lpips import LPIPS
-from training import cost, options as train_options
+from training import cost, options as train_options, plan, rehearsal
 from training.draws import cut, draw, steps_trained
 from training.log import Log
 from training.roles import load_roles
@@ -80,7 +80,8 @@ class Limit:
     def __init__(self, loop):
         self.loop, self.job, self.calls = loop, loop.job, {}
         config = loop.job.config
-        self.rehearsal = cost.Rehearsal(loop.iterate, cost.one_image(config), loop.job.network)
+        self.rehearsal = rehearsal.Rehearsal(loop.iterate, rehearsal.one_image(config),
+                                             loop.job.network)
         self.passes = {}
 
     def run(self, step):
@@ -104,7 +105,7 @@ class Limit:
         if one not in self.calls:
             roles, size = self.loop.roles, one.batches * self.job.options.batch_per_gpu
             network = (roles.distance if one.role == "distance" else
-                       cost.passed(roles, one.role))
+                       rehearsal.passed(roles, one.role))
             x, sigma, y = random_inputs(roles.student, size, self.job.device)
             self.calls[one] = partial(self.make, parts, network, one, x,
                                       (-x,) if one.role == "distance" else (sigma, y))
@@ -172,27 +173,27 @@ def training(job, repeats, cycle, warm_up, peak_tflops):
 # ---- Memory, in a process of its own ----
 
 def memory_of(job, answer):
-    """Puts (bytes that cost.py foresees, most bytes taken in the loop) of tensors and of the whole.
+    """Puts (bytes that plan.py foresees, most bytes taken in the loop) of tensors and of the whole.
 
     On a GPU torch's allocator counts the tensors.
     """
     cuda = job.device.type == "cuda"
     set_precision(job.options.precision)
-    foreseen = math.fsum(cost.memory(
+    foreseen = math.fsum(plan.memory(
         train.iteration_of(job.config), job.config, job.network, job.options.batch_per_gpu,
         precision=job.options.precision).values())
-    process = None if cuda else cost.process_memory(foreseen)
+    process = None if cuda else plan.process_memory(foreseen)
     if not cuda:
         keep_freed_memory()
     with ExitStack() as stack:
-        live = None if cuda else stack.enter_context(cost.LiveBytes())
+        live = None if cuda else stack.enter_context(plan.LiveBytes())
         loop = Loop(job, 2)
         for step in (0, job.config.ttur):               # the student's turn, which needs most
             loop.run(step)
     loop.log.bar.close()
     peaks = {"tensors": (foreseen, torch.cuda.max_memory_allocated() if cuda else live.peak)}
     if process:
-        peaks["process"] = process, cost.process_bytes("VmHWM")
+        peaks["process"] = process, plan.process_bytes("VmHWM")
     answer.put(peaks)
 
 

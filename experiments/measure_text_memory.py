@@ -10,7 +10,7 @@ from base.progress import progress
 from presets.datasets import DATASETS
 from presets.rows import find
 from train import iteration
-from training.cost import memory
+from training.plan import memory
 
 # (text, method, stage, processes, precision, images of a pass)
 ROWS = (("stage 1, one GPU", "pmdd", 1, 1, "bf16", (1, 10, 20, 40)),

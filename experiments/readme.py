@@ -86,18 +86,18 @@ def flags(method, stage, variant):
     return f"`{' '.join(filter(None, given))}`"
 
 
-def recipes():
+def recipes(dataset):
     """The presets of text to image, with what their papers report."""
     rows = []
     for (of, method, stage, variant), p in PRESETS.items():
-        if of == "sd15":
+        if of == dataset:
             reported = ("-" if value is None else f"{value:{form}}" for value, form in (
                 (p.paper_fid, ".2f"), (p.paper_clip, ".3f")))
             rows.append([flags(method, stage, variant), p.source, p.gpus, p.hours,
                          f"{p.config.guidance:g}", f"{p.config.batch:,}",
                          f"{p.config.iterations:,}", *reported])
-    return markdown(["`train.py --dataset sd15`", "source", "authors' GPUs", "hours", "guidance",
-                     "batch", "iterations", "FID", "CLIP"], rows)
+    return markdown([f"`train.py --dataset {dataset}`", "source", "authors' GPUs", "hours",
+                     "guidance", "batch", "iterations", "FID", "CLIP"], rows)
 
 
 def presets(dataset):
@@ -205,11 +205,14 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "unforget": partial(evaluations, "unforget"),
          "presets_cifar10": partial(presets, "cifar10"),
          "presets_imagenet64": partial(presets, "imagenet64"),
+         "recipes": partial(recipes, "sd15"), "recipes_sdxl": partial(recipes, "sdxl"),
          "text_memory": speed_tables.text_memory,
+         "gpus_sd15": partial(speed_tables.gpu_memory, "sd15"),
+         "gpus_sdxl": partial(speed_tables.gpu_memory, "sdxl"),
          "presets_ffhq64": partial(presets, "ffhq64"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
-             iteration, deviations, rooms, files, recipes, published, summary, heldout, soak)},
+             iteration, deviations, rooms, files, published, summary, heldout, soak)},
          **speed_tables.TABLES, **tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}

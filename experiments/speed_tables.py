@@ -199,6 +199,16 @@ TABLES = {f.__name__: f for f in (speed, loop, loop_shares, loop_memory, samplin
                                   scoring_cost, scaling, iteration_cost, many_gpus)}
 
 
+def gpu_memory(dataset):
+    """GiB of one of several GPUs, by the plan."""
+    row = next(row for row in result("gpu-memory.json")["planned"] if row["dataset"] == dataset)
+    numbers = list(next(iter(row["gib"].values())))
+    head = f"{dataset}, {row['images']} images on each; GPUs:"
+    return markdown([head, *numbers], [
+        [what, *(f"{gib[n]:.1f}" if n in gib else "-" for n in numbers)]
+        for what, gib in row["gib"].items()])
+
+
 def text_memory():
     """GiB of one process, by the plan."""
     planned = result("text-memory.json")["planned"]

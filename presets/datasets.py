@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from models import KARRAS
-from text_to_image import SD15_NETWORK, SD_LEVELS
+from text_to_image import SD15_NETWORK, SD_LEVELS, SDXL_NETWORK
 
 
 class Dataset(NamedTuple):
@@ -42,6 +42,7 @@ DATASETS = {
     "afhqv2-64": Dataset(FACES_64 | {"dropout": 0.25}, "edm-afhqv2-64x64-uncond-vp",
                          "fid-afhqv2-64x64", hint="afhqv2"),
     "sd15": Dataset(SD15_NETWORK, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sdxl": Dataset(SDXL_NETWORK, "stabilityai/stable-diffusion-xl-base-1.0"),
     "emoji": Dataset(
         SD15_NETWORK | dict(prediction_type="v_prediction", unet=dict(
             sample_size=8, cross_attention_dim=96, block_out_channels=(64, 128), layers_per_block=1,
@@ -50,8 +51,8 @@ DATASETS = {
             up_block_types=("CrossAttnUpBlock2D",) * 2)),
         "assets/emoji/pipeline", "assets/emoji/reference.npz", data="emoji",
         student="assets/emoji/student")}
-DIGITS, CIFAR10, IMAGENET64, SD15, EMOJI = (DATASETS[name] for name in (
-    "digits", "cifar10", "imagenet64", "sd15", "emoji"))
+DIGITS, CIFAR10, IMAGENET64, SD15, SDXL, EMOJI = (DATASETS[name] for name in (
+    "digits", "cifar10", "imagenet64", "sd15", "sdxl", "emoji"))
 
 
 def sigmas_at(*fractions):
@@ -66,3 +67,5 @@ EQUAL_WIDTH_SIGMAS = sigmas_at(1, 0.67, 0.33)   # 80, 9.96, 0.452: PMDD's other 
 DIGITS_SIGMAS = sigmas_at(1, 0.36, 0.25)
 # 14.61, 1.613, 0.693: PMDD's fractions as whole timesteps of Stable Diffusion (Deviation 14).
 SD_SIGMAS = tuple(SD_LEVELS.table[[999, 499, 249]].tolist())
+SDXL_SIGMAS = tuple(SD_LEVELS.table[[999, 749, 499, 249]].tolist())     # DMD2's four steps,
+SDXL_ONE_SIGMA = (SD_LEVELS.table[399].item(),)                         # and its single one

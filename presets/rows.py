@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from presets.config import Config, Preset
 from presets.datasets import (CIFAR10, DATASETS, DIGITS, DIGITS_SIGMAS, IMAGENET64, PMDD_SIGMAS,
-                              EMOJI, SD15, SD_SIGMAS)
+                              EMOJI, SD15, SD_SIGMAS, SDXL, SDXL_ONE_SIGMA, SDXL_SIGMAS)
 from text_to_image import SD_LEVELS
 
 # ---- PMDD, App. A.1 and A.2 ----
@@ -51,7 +51,7 @@ DIGITS_ROW = Config(teacher=DIGITS.teacher, iterations=4000, batch=128, ttur=2, 
 OURS, CPU = "ours, for the embedded digits", "2 CPU cores"
 A100 = "4 A100"
 
-# ---- Stable Diffusion v1.5: PMDD A.3; DMD B.3 and B.4; DMD2 F.3 ----
+# ---- Stable Diffusion v1.5: PMDD A.3; DMD B.3 and B.4; DMD2 F.3; and SDXL: DMD2 F.4 ----
 SD15_ROW = Config(dataset="sd15", teacher=SD15.teacher, guidance=1.75, sigmas=SD_SIGMAS[:1],
                   loss="dm", iterations=120_000, batch=120, learning_rate=5e-6, ttur=10,
                   ema_halflife=100_000, evaluate_every=5_000, evaluate_images=30_000)
@@ -59,6 +59,11 @@ SD15_DMD = replace(SD15_ROW, **DMD, guidance=3.0, iterations=20_000, batch=2304,
                    ema_halflife=500_000, regression_pairs=500_000, regression_steps=25)
 SD15_DMD2 = replace(SD15_ROW, method="dmd2", iterations=40_000, batch=2048, learning_rate=1e-5,
                     ema_halflife=500_000)
+SDXL_DMD2 = replace(SD15_DMD2, dataset="sdxl", teacher=SDXL.teacher, guidance=8.0, stage=4,
+                    sigmas=SDXL_SIGMAS, trained_step="random", iterations=20_000, batch=128,
+                    learning_rate=5e-7, ttur=5, gan_weight=5e-3, ema_halflife=50_000,
+                    evaluate_every=1_000, evaluate_images=10_000)
+SDXL_ONE = replace(SDXL_DMD2, stage=1, sigmas=SDXL_ONE_SIGMA, trained_step="last")
 
 # ---- Emoji: ours, Stable Diffusion's rows for minutes on one CPU core ----
 EMOJI_ROW = replace(SD15_ROW, dataset="emoji", teacher=EMOJI.teacher, guidance=3.0,
@@ -154,6 +159,18 @@ PRESETS = {
                 sigmas=(SD_LEVELS.table[625].item(),), iterations=20_000),
         "ours, after SiD-LSG (arXiv:2406.01561); PMDD A.3: sid gave no gain", "none", None),
 
+    ("sdxl", "dmd2", 1, "pretraining"): Preset(
+        replace(SDXL_ONE, loss="none", gan_weight=0.0, regression_weight=1.0,
+                regression_pairs=10_000, regression_steps=25, ttur=1, iterations=2_000, batch=256,
+                learning_rate=1e-5, evaluate_every=0),
+        "DMD2 F.4, the regression before its one-step student; published code", "64 A100", None),
+    ("sdxl", "dmd2", 1, ""): Preset(
+        replace(SDXL_ONE, iterations=25_000,
+                start_from="runs/sdxl-dmd2-pretraining/stage1/best.pt"),
+        "DMD2 F.4, Table 2", "64 A100", 19.01, 0.336, "about 60"),
+    ("sdxl", "dmd2", 4, ""): Preset(
+        SDXL_DMD2, "DMD2 F.4, Table 2", "64 A100", 19.32, 0.332, "about 60"),
+
     ("digits", "pmdd", 1, ""): Preset(DIGITS_ROW, OURS, CPU, None),
     ("digits", "pmdd", 2, ""): Preset(
         later(DIGITS_ROW, 2, learning_rate=4e-4, iterations=5000, unforget_weight=0.3),
@@ -215,29 +232,38 @@ def find(dataset, method, stage, variant="", network=None, teacher=""):
     """The row; where a data set has none for a method, the nearest published one by resolution.
 
     A ValueError lists what there is. DMD2 with n steps trained together by backward simulation is
-    its one-step row with n sigmas.
+    its one-step row with n sigmas; of SDXL the first n of its four.
     """
     if stage == 0:
         method = "pmdd"                                 # a teacher is of no method
-    if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
-        row = find(dataset, method, 1, variant, network, teacher)
-        like = "sd15" if "unet" in (network or ()) else dataset
-        return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(
-            row.config, stage=stage, sigmas=schedule(like)[:stage], trained_step="random"))
     if (dataset, method, stage, variant) in PRESETS:
         return PRESETS[dataset, method, stage, variant]
+    like = nearest(network, method, stage) if "unet" in (network or ()) else dataset
+    if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
+        row = find(dataset, method, 4 if like == "sdxl" else 1, variant, network, teacher)
+        sigmas = SDXL_SIGMAS if like == "sdxl" else schedule(like)
+        return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(
+            row.config, stage=stage, sigmas=sigmas[:stage], trained_step="random"))
     known = {d for d, m, s, _ in PRESETS if m == method and (s == 0) == (stage == 0)}
     if dataset not in known and network and not variant:
-        near = ("sd15" if "unet" in network else "cifar10" if network["img_resolution"] <= 32 else
-                "imagenet64" if stage else "ffhq64")
+        near = nearest(network, method, stage)
         row = find(near, method, stage)
         return replace(row, paper_fid=None, paper_clip=None, hours="-", gpus="none",
                        source=f"the nearest published row by resolution, of {near}: {row.source}",
-                       config=replace(row.config, dataset=dataset, teacher=teacher))
+                       config=replace(row.config, dataset=dataset, teacher=teacher, start_from=""))
     near = sorted((s, v) for d, m, s, v in PRESETS if d == dataset and m == method)
     if method == "dmd2":
-        near += [(s, v) for s in range(2, len(PMDD_SIGMAS) + 1) for _, v in near]
+        near += [(s, v) for s in range(2, len(PMDD_SIGMAS) + 1) for of, v in near
+                 if of == (4 if like == "sdxl" else 1)]
     listed = ", ".join(f"--stage {s}" + (f" --variant {v}" if v else "") for s, v in near)
     raise ValueError(f"no preset for --dataset {dataset} --method {method} --stage {stage}"
                      + (f" --variant {variant}" if variant else "")
                      + f"; there is: {listed or 'none for this method'}")
+
+
+def nearest(network, method, stage):
+    """The published data set whose rows a network of another takes."""
+    if "unet" in network:
+        xl = network["unet"].get("addition_embed_type") and method == "dmd2"
+        return "sdxl" if xl else "sd15"
+    return ("cifar10" if network["img_resolution"] <= 32 else "imagenet64" if stage else "ffhq64")

@@ -14,7 +14,7 @@ from experiments import bench, bench_sampling
 from experiments.bench_files import make_job
 from helpers import call
 from presets.datasets import CIFAR10, DATASETS, DIGITS
-from training import cost, options
+from training import cost, options, plan, rehearsal
 from training.draws import cut, draw, steps_trained
 
 SMALL = DIGITS.network | {"model_channels": 8}
@@ -53,7 +53,7 @@ def watch(loop):
         return distance(x, y)
 
     for role in ("teacher", "previous", "student", "adapted", "ema"):
-        if network := cost.passed(loop.roles, role):
+        if network := rehearsal.passed(loop.roles, role):
             network.register_forward_hook(note(role), with_kwargs=True)
     loop.roles.distance = noted
     return seen
@@ -174,12 +174,12 @@ def test_every_cycle_has_its_time_and_the_parts_of_its_limit(tmp_path):
 def test_the_plan_is_the_memory_that_the_loops_tensors_take(argv, tmp_path):
     stage = options.parse(["--batch", "64", *argv])[0]
     here = make_job(tmp_path, 0, stage, DEVICE)
-    with cost.LiveBytes() as live:
+    with plan.LiveBytes() as live:
         loop = bench.Loop(here, 2)
         for step in (0, here.config.ttur):                  # the student's turn, which needs most
             loop.run(step)
     loop.log.bar.close()
-    planned = sum(cost.memory(loop.iterate, here.config, SMALL,
+    planned = sum(plan.memory(loop.iterate, here.config, SMALL,
                               here.options.batch_per_gpu).values())
     assert 1 / 1.1 < live.peak / planned < 1.1
 
@@ -193,7 +193,7 @@ def test_memory_is_measured_in_a_process_of_its_own(tmp_path):
 
 def test_several_processes_keep_gradients_in_their_buckets():
     config = stage_of("--stage", "1", "--batch", "64").config
-    alone, two = (cost.memory(train.iteration, config, SMALL, 8, world_size=world_size)
+    alone, two = (plan.memory(train.iteration, config, SMALL, 8, world_size=world_size)
                   for world_size in (1, 2))
     assert two["gradients"] == two["trained weights"] == 2 * alone["gradients"]
     assert {k: v for k, v in two.items() if k not in ("gradients", ACTIVATIONS)} == {
@@ -209,9 +209,9 @@ def test_a_dry_run_says_what_the_whole_process_will_take(monkeypatch, capsys):
 
     small, large = said("--batch", "64"), said("--batch", "256")
     assert large[0] - small[0] > 50             # MiB
-    assert math.isclose(large[1] - small[1], (1 + cost.HOLES) * (large[0] - small[0]), abs_tol=20)
-    assert small[1] - (1 + cost.HOLES) * small[0] > 100
-    monkeypatch.setattr(cost, "STATUS", Path("/nowhere"))       # a system that does not say
+    assert math.isclose(large[1] - small[1], (1 + plan.HOLES) * (large[0] - small[0]), abs_tol=20)
+    assert small[1] - (1 + plan.HOLES) * small[0] > 100
+    monkeypatch.setattr(plan, "STATUS", Path("/nowhere"))       # a system that does not say
     assert call(monkeypatch, train, "--stage", "1", "--dry-run") == 0
     assert "whole process" not in capsys.readouterr().out
 
@@ -222,9 +222,9 @@ def test_the_plan_draws_what_an_iteration_draws(argv, tmp_path):
     here = job(tmp_path, *argv)
     loop = bench.Loop(here, 1)
     loop.log.bar.close()
-    rehearsal = cost.Rehearsal(loop.iterate, here.config, SMALL)
+    rehearsed = rehearsal.Rehearsal(loop.iterate, here.config, SMALL)
     parts = [cut(draw(here.config, 0, sources), here.config, sources, here.options)
-             for sources in (loop.sources, rehearsal.sources)]
+             for sources in (loop.sources, rehearsed.sources)]
     shapes = [{name: (tuple(x.shape), x.dtype) for name, x in vars(part).items()
                if torch.is_tensor(x) and not name.endswith("index")} for (part,) in parts]
     assert shapes[0] == shapes[1] and len(shapes[0]) >= 6
@@ -236,7 +236,7 @@ ACTIVATIONS = "activations and noise beside them"
 def test_bf16_halves_the_activations_and_no_weight():
     config = options.parse(["--dataset", "cifar10", "--stage", "1"])[0].config
     shallow = CIFAR10.network | {"num_blocks": 1}
-    full, half = (cost.memory(train.iteration, config, shallow, 256, precision=precision)
+    full, half = (plan.memory(train.iteration, config, shallow, 256, precision=precision)
                   for precision in ("fp32", "bf16"))
     assert 0.45 < half[ACTIVATIONS] / full[ACTIVATIONS] < 0.7
     assert {k: v for k, v in half.items() if k != ACTIVATIONS} == {

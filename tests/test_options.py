@@ -35,6 +35,7 @@ CIFAR10, IMAGENET = "edm-cifar10-32x32-cond-vp", "edm-imagenet-64x64-cond-adm"
 CIFAR10_WITHOUT_CLASSES = "edm-cifar10-32x32-uncond-vp"
 FFHQ, AFHQV2 = "edm-ffhq-64x64-uncond-vp", "edm-afhqv2-64x64-uncond-vp"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
 def pmdd(learning_rate, iterations, batch, unforget, teacher):
@@ -77,6 +78,10 @@ def dmd2_text(learning_rate, iterations, gan):
                                                        teacher=SD15)
 
 
+def dmd2_xl(iterations):
+    return dmd2(5e-7, iterations, 5e-3) | dict(ttur=5, batch=128, guidance=8, teacher=SDXL)
+
+
 TABLE = {   # (dataset, method, stage, variant): (fields, noise levels, reported FID, hardware)
     ("cifar10", "pmdd", 1, ""): (pmdd(1e-5, 200_000, 256, 0, CIFAR10), 1, 2.52, "4 A100"),
     ("cifar10", "pmdd", 2, ""): (pmdd(5e-6, 35_000, 256, 1.0, CIFAR10), 2, 2.19, "4 A100"),
@@ -111,6 +116,12 @@ TABLE = {   # (dataset, method, stage, variant): (fields, noise levels, reported
         "about 80 A100"),
     ("sd15", "dmd2", 1, ""): (dmd2_text(1e-5, 40_000, 0), 1, 9.28, "64 A100"),
     ("sd15", "dmd2", 1, "gan"): (dmd2_text(5e-7, 5_000, 1e-3), 1, 8.35, "64 A100"),
+    ("sdxl", "dmd2", 4, ""): (dmd2_xl(20_000), 4, 19.32, "64 A100"),
+    ("sdxl", "dmd2", 1, ""): (dmd2_xl(25_000), (399,), 19.01, "64 A100"),
+    ("sdxl", "dmd2", 1, "pretraining"): (       # 10,000 pairs of its 50-step sampler, no dm
+        dict(loss="none", gan_weight=0, regression_weight=1, regression_pairs=10_000,
+             regression_steps=25, learning_rate=1e-5, batch=256, iterations=2_000, guidance=8,
+             teacher=SDXL, trained_step="last"), (399,), None, "64 A100"),
     ("cifar10", "pmdd", 0, ""): (edm(1e-3, 512, 500_000, 0.12), 0, None, "8 V100"),
     ("ffhq64", "pmdd", 0, ""): (edm(2e-4, 256, 500_000, 0.15), 0, None, "8 V100"),
     ("afhqv2-64", "pmdd", 0, ""): (edm(2e-4, 256, 500_000, 0.15), 0, None, "8 V100"),
@@ -118,7 +129,8 @@ TABLE = {   # (dataset, method, stage, variant): (fields, noise levels, reported
 }
 CLIP = {("sd15", "pmdd", 1, ""): 0.302, ("sd15", "pmdd", 2, ""): 0.30,
         ("sd15", "pmdd", 3, ""): 0.302, ("sd15", "dmd", 1, "guidance-8"): 0.320,
-        ("sd15", "dmd2", 1, "gan"): 0.30}
+        ("sd15", "dmd2", 1, "gan"): 0.30, ("sdxl", "dmd2", 4, ""): 0.332,
+        ("sdxl", "dmd2", 1, ""): 0.336}
 IMAGES = {  # what the papers say in images, not in iterations: in millions
     ("cifar10", "sid", 1, ""): 800, ("cifar10", "sid", 1, "unconditional"): 500,
     ("imagenet64", "sid", 1, ""): 1000, ("ffhq64", "sid", 1, ""): 500,
@@ -140,6 +152,9 @@ def stable_diffusion(timestep):
 
 def noise_levels(steps, dataset):
     """PMDD's schedule [1, 0.5, 0.25]; SiD's is given as a noise level."""
+    if dataset == "sdxl":
+        timesteps = (999, 749, 499, 249) if steps == 4 else steps
+        return [stable_diffusion(timestep) for timestep in timesteps]
     if dataset == "sd15":
         return [stable_diffusion(timestep) for timestep in (999, 499, 249)[:steps]]
     return [steps] if steps == 2.5 else [karras(f) for f in (1, 0.5, 0.25)[:steps]]
@@ -343,7 +358,8 @@ def test_where_and_how_have_the_defaults_that_the_help_states(monkeypatch):
     assert how == options.Options(
         folder=Path("runs/digits-dmd2/stage1"), data="digits", reference=None, inception=None,
         prompts=None, cache=None, device=None, batch_per_gpu=config.batch, precision="fp32",
-        compile=False, force=False, dry_run=False, world_size=1,
+        compile=False, shard=False, recompute=False, ema_on_host=False, force=False,
+        dry_run=False, world_size=1,
         network=DATASETS["digits"].network, class_names=tuple("0123456789"))
     monkeypatch.setenv("WORLD_SIZE", "4")               # a batch system's, not torchrun's
     assert parse()[0][2].world_size == 1

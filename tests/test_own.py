@@ -32,7 +32,7 @@ from images.real import open_images
 from metrics import judge, lpips
 from metrics.evaluations import read_records
 from metrics.inception import Inception
-from training import cost, log
+from training import cost, log, plan
 from training.options import parse
 from training.roles import Roles, trainable
 from training.run_folder import read_metrics
@@ -490,8 +490,8 @@ def test_the_disk_space_of_checkpoints_is_that_of_a_run(stage0, home, said):
     argv = ("--teacher", stage0, "--method", "sid", "--folder", "space", *TINY)
     assert said(train, *argv)[0] == 0
     stage, = parse(list(map(str, argv)))
-    sizes = cost.memory(train.iteration, stage.config, stage.options.network, 4)
-    planned = cost.disk(stage.config, sizes, (3, 16, 16))["checkpoints"]
+    sizes = plan.memory(train.iteration, stage.config, stage.options.network, 4)
+    planned = plan.disk(stage.config, sizes, (3, 16, 16))["checkpoints"]
     names = ("latest", "latest", "latest", "best")      # the third while it is being saved
     files = [home / "space/stage1" / f"{name}.pt" for name in names]
     taken = sum(path.stat().st_size for path in files)

@@ -41,7 +41,7 @@ from metrics.inception import Inception
 from metrics.lpips import LPIPS
 from models import Conditions, Guided, level, sample_heun, sample_seeds, sample_student
 from weights.pipeline import Pipeline, load_teacher
-from training import cost, log
+from training import cost, log, plan
 from training.draws import Sources, cut, draw
 from training.options import parse
 from training.roles import Roles, load_roles
@@ -539,7 +539,7 @@ def test_the_flops_of_a_plan_are_its_passes():
 
 def test_stage_2_at_batch_20_fits_one_gpu_of_80_gb_in_bf16():
     parameters, gib = 859_520_964, 2 ** 30
-    sizes = cost.memory(train.iteration, preset(2), SD15, 20, precision="bf16")
+    sizes = plan.memory(train.iteration, preset(2), SD15, 20, precision="bf16")
     activations = sizes.pop("activations and noise beside them")
     # Two trained networks, an average, one gradient, four moments; two frozen ones in bf16.
     assert sum(sizes.values()) == parameters * (4 * (2 + 1 + 1 + 4) + 2 * 2)

@@ -56,13 +56,13 @@ def unet(xl=False, **changes):
     return network.eval()
 
 
-def save(folder, xl=False, prediction_type="epsilon", seed=0):
+def save(folder, xl=False, prediction_type="epsilon", seed=0, **of_unet):
     """The folder of a pipeline, 4 MB; one seed, one pipeline."""
     from diffusers import (EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline,
                            StableDiffusionXLPipeline)
 
     torch.manual_seed(seed)
-    parts = dict(unet=unet(xl), vae=vae(0.13025, force_upcast=True) if xl else vae(),
+    parts = dict(unet=unet(xl, **of_unet), vae=vae(0.13025, force_upcast=True) if xl else vae(),
                  text_encoder=text_encoder(), tokenizer=tokenizer())
     if xl:
         pipeline = StableDiffusionXLPipeline(

@@ -15,7 +15,7 @@ from base.progress import progress
 from images.pictures import draw_curves, grid, save_png
 from metrics.judge import HEUN_STEPS
 from models import Guided, level, sample_every_step, sample_heun, sample_seeds, sample_student
-from training.roles import payload
+from training.roles import payload, whole_network
 from training.run_folder import Metrics, kept, read_metrics, write_config
 from weights.checkpoint import save, save_latest
 from weights.opening import TEXT_GUIDANCE, steps_text
@@ -26,10 +26,9 @@ SHOWN_PROMPTS, SHOWN_SIZE = 4, 256      # of text to image: rows, and pixels of 
 
 def save_samples(roles, sigmas, path, device, columns=8):
     """The same noise every time: a row for each of ten classes, or of ten seeds without classes."""
-    path.parent.mkdir(exist_ok=True)
     if of_text(roles):
         return save_prompted(roles, sigmas, path, device)
-    network = roles.ema
+    network = whole_network(roles.ema, device)
     sampler, asked = partial(sample_heun, steps=HEUN_STEPS), None
     if sigmas:
         sampler = partial(sample_student, sigmas=sigmas)
@@ -38,7 +37,13 @@ def save_samples(roles, sigmas, path, device, columns=8):
         asked = torch.linspace(0, count - 1, min(10, count)).long().repeat_interleave(columns)
     seeds = range(len(asked) if count else 10 * columns)
     images, _ = sample_seeds(network, seeds, sampler, asked, device)
-    save_png(grid(network.pixels(images).cpu(), columns), path)
+    save_grid(grid(network.pixels(images).cpu(), columns), path)
+
+
+def save_grid(picture, path):
+    if distributed.rank() == 0:
+        path.parent.mkdir(exist_ok=True)
+        save_png(picture, path)
 
 
 def after_divergence(folder):
@@ -66,14 +71,21 @@ def save_prompted(roles, sigmas, path, device):
         x_t = images[-1] + middle * noise()
         return images + [D(x_t, middle, y) for D in (roles.teacher, roles.adapted)]
 
+    network = whole_network(roles.ema, device)
     prompts = roles.opened.pipeline.prompts[:SHOWN_PROMPTS]
-    images, _ = sample_seeds(roles.ema, range(len(prompts)), sampler, range(len(prompts)), device)
-    pixels = torch.stack([roles.ema.pixels(x) for x in images], 1).flatten(0, 1)
+    images, _ = sample_seeds(network, range(len(prompts)), sampler, range(len(prompts)), device)
+    pixels = torch.stack([network.pixels(x) for x in images], 1).flatten(0, 1)
     small = F.adaptive_avg_pool2d(pixels.float(), min(pixels.shape[-1], SHOWN_SIZE)).byte().cpu()
-    save_png(grid(small, len(images), scale=max(1, 128 // small.shape[-1]), row_labels=prompts,
-                  column_labels=[*(steps_text(k + 1) for k in range(len(sigmas))),
-                                 "x0_teacher", "x0_adapted"] if sigmas else
-                  ["guidance 1", f"guidance {TEXT_GUIDANCE:g}"]), path)
+    save_grid(grid(small, len(images), scale=max(1, 128 // small.shape[-1]), row_labels=prompts,
+                   column_labels=[*(steps_text(k + 1) for k in range(len(sigmas))),
+                                  "x0_teacher", "x0_adapted"] if sigmas else
+                   ["guidance 1", f"guidance {TEXT_GUIDANCE:g}"]), path)
+
+
+def best_of(latest, fid):
+    """What best.pt holds of a checkpoint: all but what only a resumed run needs."""
+    return {name: value for name, value in latest.items()
+            if name not in ("student", "optimizers")} | {"best_fid": fid}
 
 
 class StopSignal:
@@ -200,25 +212,30 @@ class Log:
         if self.unread:
             self.read()                                 # nothing that is not finite is saved
         self.clock.pause()
-        scores = self.scorer.score(roles.ema, self.config.sigmas) if score else {}
+        scores = {}
+        if score:
+            scores = self.scorer.score(whole_network(roles.ema, self.device), self.config.sigmas)
         own = str(self.config.stage) if self.config.stage else "heun"
         fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
         better = fid < self.best_fid or not self.scorer
         self.best_fid = min(fid, self.best_fid)
-        if self.writes:
+        together = self.writes or self.options.shard    # what is sharded no rank has alone
+        if together:
             latest = payload(self.config, roles, optimizers, done, self.best_fid, scores)
+        if self.writes:
             if better:                                  # before latest.pt, which knows of it
-                save(self.folder / "best.pt", payload(self.config, roles, None, done, fid, scores))
+                save(self.folder / "best.pt", best_of(latest, fid))
             if scores:
                 flat = {f"{name}@{k}": v for k, score in scores.items()
                         for name, v in score.items()}
                 self.metrics.write(iteration=done - 1, **flat)
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
-            if scores or of_text(roles):
-                save_samples(roles, self.config.sigmas,
-                             self.folder / "samples" / f"{done:06d}.png", self.device)
-                self.show()
+        if together and (scores or of_text(roles)):
+            save_samples(roles, self.config.sigmas, self.folder / "samples" / f"{done:06d}.png",
+                         self.device)
+        if self.writes:
+            self.show()
             save_latest(self.folder, latest)            # last: what it knows of is on the disk
         distributed.barrier()
         self.clock.go_on()

@@ -46,6 +46,9 @@ class Options:
     batch_per_gpu: int
     precision: str
     compile: bool
+    shard: bool
+    recompute: bool
+    ema_on_host: bool
     force: bool
     dry_run: bool
     world_size: int
@@ -93,6 +96,14 @@ def parser():
     how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
                      help="tf32: tensor cores; bf16: autocast, weights in fp32")
     how.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    how.add_argument("--shard", action="store_true",
+                     help="each process keeps its share of every network, gradient and Adam state "
+                          "(torch's fully_shard), in place of a copy of all")
+    how.add_argument("--recompute", action="store_true",
+                     help="compute activations again for the backward pass, block by block: less "
+                          "memory, a forward pass more, the same bits")
+    how.add_argument("--ema-on-host", action="store_true",
+                     help="keep the average of the student in the host's memory")
     how.add_argument("--force", action="store_true", help="go on although the preset has changed")
     how.add_argument("--dry-run", action="store_true",
                      help="print the configuration, its cost and a memory plan, and stop")
@@ -229,8 +240,11 @@ def options(args, config, subject):
                         "as --dataset sd15")
     if config.augment and "unet" in subject.network:
         raise UserError("--augment is for EDM's networks, not for text to image")
+    if args.shard and world_size == 1 and not args.dry_run:
+        raise UserError("--shard: one process has nobody to share with; start several, torchrun "
+                        "--nproc_per_node=2 train.py ..")
     folder = folder_of(args, config.dataset, config.method, config.stage)
     return Options(folder, args.data or config.dataset, args.reference, args.inception,
                    args.prompts, args.cache, args.device, per_gpu, args.precision, args.compile,
-                   args.force, args.dry_run, world_size, architecture(config, subject.network),
-                   subject.class_names)
+                   args.shard, args.recompute, args.ema_on_host, args.force, args.dry_run,
+                   world_size, architecture(config, subject.network), subject.class_names)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from base import distributed
-from base.devices import compile_network
+from base.devices import compile_network, recompute
 from base.distributed import say
 from base.errors import UserError
 from edm_networks import EDMPrecond
@@ -126,15 +126,11 @@ def load_roles(config, options, device):
     roles.class_names = options.class_names
     if options.compile:
         say("compiling the networks: the first iterations take up to minutes")
-    for network in (roles.teacher, roles.previous, roles.student, roles.adapted, roles.ema):
-        if network is not None:
-            network.to(device).eval()                   # no dropout while distilling (Deviation 6)
-            if options.compile:
-                compile_network(network)
     for network in (roles.teacher, roles.previous, roles.ema):
         if network is not None:
             network.requires_grad_(False)
     store_frozen(roles, options.precision)
+    place(roles, options, device)
     return roles
 
 
@@ -146,6 +142,40 @@ def text_teacher_roles(config, options, device):
     digest = checkpoint.weights_digest(student.state_dict())
     return Roles(trainable(student), copy.deepcopy(student), opened=opened,
                  made_from={"teacher": digest})
+
+
+def place(roles, options, device):
+    """Each network on the device, or sharded over those of all processes."""
+    if (options.shard or options.recompute) and not roles.student.blocks:
+        raise UserError(f"--{'shard' if options.shard else 'recompute'}: nothing is known of how "
+                        "this teacher's network is divided; allowed: one with residual blocks as "
+                        "of EDM, Stable Diffusion or SDXL")
+    for name in ("teacher", "previous", "student", "adapted", "ema"):
+        if (network := getattr(roles, name)) is not None:
+            network.eval()                              # no dropout while distilling (Deviation 6)
+            on_host = options.ema_on_host and name == "ema"
+            if options.recompute and name not in ("previous", "ema"):       # these never go back
+                recompute(bare(network).blocks)
+            if options.shard:
+                distributed.shard(network, device, on_host)
+            elif not on_host:
+                network.to(device)
+            if options.compile:
+                compile_network(network)
+
+
+def whole_network(network, device):
+    """Itself where a rank can use it alone; of what is sharded or waits on the host a copy, whole
+    and on the device. Where it is sharded all ranks ask for theirs."""
+    first = next(network.parameters())
+    if not distributed.sharded(network) and first.device.type == torch.device(device).type:
+        return network
+    inner = network.network if isinstance(network, Guided) else network
+    state = {name: distributed.whole(value) for name, value in inner.state_dict().items()}
+    copied = checkpoint.build_network(inner.config, state, "the run's own network").to(first.dtype)
+    copied.conditions, copied.pixels = inner.conditions, inner.pixels
+    copied = Guided(copied, network.weight) if inner is not network else copied
+    return copied.to(device).eval().requires_grad_(False)
 
 
 def store_frozen(roles, precision):
@@ -211,20 +241,34 @@ def saved_networks(roles):
 
 
 def payload(config, roles, optimizers, iteration, best_fid, scores):
-    """Everything that latest.pt holds; without optimizers, what best.pt does."""
+    """Everything that latest.pt holds. Of a sharded run all ranks call it, and rank 0 has it."""
     content = {"dataset": config.dataset, "method": config.method, "stage": config.stage,
                "sigmas": list(config.sigmas), "network": roles.student.config,
                "iteration": iteration, "fid": scores, "best_fid": best_fid,
                "made_from": roles.made_from, "teacher": config.teacher,
                "class_names": list(roles.class_names)}
     for name, network in saved_networks(roles).items():
-        if optimizers or name != "student":
-            content[name] = network.state_dict()
+        content[name] = distributed.whole_on_rank_zero(network.state_dict())
     if roles.opened and roles.opened.base:
         content["pipeline"] = roles.opened.base
-    if optimizers:
-        content["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+    content["optimizers"] = [distributed.whole_on_rank_zero(optimizer.state_dict())
+                             for optimizer in optimizers]
     return content
+
+
+def load_network(network, state):
+    """Whole weights into a network, which may be sharded."""
+    own = network.state_dict()
+    network.load_state_dict({name: distributed.share_of(value, own.get(name))
+                             for name, value in state.items()})
+
+
+def load_optimizer(optimizer, state):
+    """Likewise; of AdamW's three values for a weight the step is one number."""
+    weights = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    optimizer.load_state_dict(state | {"state": {
+        k: {name: distributed.share_of(value, weights.get(k) if value.dim() else None)
+            for name, value in moments.items()} for k, moments in state["state"].items()}})
 
 
 def resume(config, options, roles, optimizers):
@@ -244,9 +288,9 @@ def resume(config, options, roles, optimizers):
         raise UserError(f"{folder} holds a run of another architecture; choose another --folder")
     try:
         for name, network in networks.items():
-            network.load_state_dict(saved[name])
+            load_network(network, saved[name])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            load_optimizer(optimizer, state)
     except (RuntimeError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} holds a checkpoint whose weights do not fit its own "
                         "architecture; choose another --folder") from None

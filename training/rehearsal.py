@@ -1,0 +1,134 @@
+"""An iteration of a stage on the meta device: shapes alone, nothing is computed."""
+
+import copy
+import dataclasses
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from base.devices import recompute
+from images.real import Images
+from models import Conditions, Guided
+from training.draws import Sources, cut, draw
+from training.kept import Rows
+from training.roles import Roles, assemble, bare, store_frozen, trainable
+from weights.checkpoint import untrained
+
+TOKENS = 77                             # of a prompt, as CLIP has them
+
+
+class Pass(NamedTuple):
+    """One pass of a network, as an iteration makes it."""
+    role: str                   # teacher, previous, student, adapted; distance: the regression's
+    batches: int                # stacked in this pass
+    gradient: str               # "none"; "input": through frozen weights; "weights": into them
+    output: str                 # "denoised", or the discriminator's "logits"
+
+
+class Unmoved:
+    """What AdamW holds of a network: two moments of each trained weight."""
+
+    def __init__(self, network, keeps_gradients=False):
+        self.param_groups = [{"params": list(network.parameters())}]
+        self.found_inf, self.keeps_gradients = torch.zeros((), device="meta"), keeps_gradients
+        self.moments = []
+
+    def step(self):
+        trained = [p for p in self.param_groups[0]["params"] if p.requires_grad]
+        self.moments = self.moments or [torch.empty_like(p) for p in trained for _ in range(2)]
+
+    def zero_grad(self, set_to_none):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad = parameter.grad if self.keeps_gradients else None
+
+
+def shapes_alone(network):
+    """A network on the meta device that can be asked without a pipeline."""
+    with torch.device("meta"):
+        built = untrained(network).eval()
+        if "unet" in network:
+            width = TOKENS * built.text_width + sum(built.y_rest)
+            built.conditions = Conditions(
+                2 ** 20, lambda index: torch.empty(len(index), width, device="meta"),
+                torch.empty(1, width), on_host=True)
+            built.pixels = None
+    return built
+
+
+def passed(roles, name):
+    """The network whose passes count as this role's: of a guided teacher, the one inside."""
+    network = getattr(roles, name)
+    return network.network if isinstance(network, Guided) else network
+
+
+class Rehearsal:
+    """A stage's networks and sources on the meta device, and the iteration that runs on them."""
+
+    def __init__(self, iterate, config, network, precision="fp32", recomputed=False):
+        self.iterate, self.config, self.passes = iterate, config, []
+        with torch.device("meta"):
+            teacher = shapes_alone(network)
+            self.roles = roles = (assemble(config, teacher) if config.stage else
+                                  Roles(trainable(teacher), copy.deepcopy(teacher)))
+        roles.previous = roles.previous and copy.deepcopy(teacher)
+        roles.distance = self.distance
+        roles.student_ddp, roles.adapted_ddp = roles.student, roles.adapted
+        for name in ("teacher", "previous", "student", "adapted"):
+            if network := passed(roles, name):
+                network.requires_grad_(name in ("student", "adapted"))
+                network.register_forward_hook(self.hook(name), with_kwargs=True)
+                if recomputed:                          # a mode does not reach into a backward pass
+                    recompute(bare(network).blocks,
+                              context_fn=lambda: (nullcontext(), self.autocast))
+        roles.ema.requires_grad_(False)
+        store_frozen(roles, precision)
+
+        # Stand-ins for files: blank images, and one pair for all.
+        shape, images, pair = teacher.shape, None, None
+        if config.gan_weight or config.stage == 0:
+            blank = np.zeros(shape, np.uint8)
+            images = Images("blank", shape, np.zeros(2 ** 20, np.int64), lambda index: blank, 1)
+        if config.regression_weight:
+            row = np.zeros(1, [("z", np.float32, shape), ("image", np.float16, shape),
+                               ("index", np.int64)])
+            pair = Rows([np.broadcast_to(row, config.regression_pairs)], config.regression_pairs)
+        self.sources = Sources(shape, teacher.levels.to("meta"), teacher.conditions, images, pair)
+
+    def hook(self, role):
+        def record(network, inputs, options, output):
+            trained = any(p.requires_grad for p in network.parameters())
+            gradient = ("none" if not torch.is_grad_enabled() else "weights" if trained else
+                        "input" if inputs[0].requires_grad else "none")
+            self.passes.append(Pass(role, len(inputs[0]), gradient,
+                                    options.get("output", "denoised")))
+        return record
+
+    def distance(self, x, y):
+        """In place of LPIPS, whose own memory and FLOPs are not counted."""
+        self.passes.append(Pass("distance", len(x), "input", "denoised"))
+        return (x - y).square().mean((1, 2, 3))
+
+    def run(self, step, optimizers, world_size=1, batch_per_gpu=1, parts=1, autocast=nullcontext):
+        """The passes of this iteration, of a few of a rank's parts."""
+        share = SimpleNamespace(world_size=world_size, batch_per_gpu=batch_per_gpu)
+        every_part = cut(draw(self.config, step, self.sources), self.config, self.sources, share)
+        self.passes = []
+
+        def entered():
+            self.autocast = autocast()
+            return self.autocast
+
+        self.iterate(self.config, self.roles, optimizers, every_part[:parts],
+                     step % self.config.ttur == 0, entered)
+        return self.passes
+
+    def optimizers(self, keep_gradients=False):
+        return [Unmoved(network, keep_gradients) for network in (self.roles.student,
+                                                                  self.roles.adapted) if network]
+
+
+def one_image(config):
+    return dataclasses.replace(config, batch=1)
