@@ -37,8 +37,8 @@ from metrics.evaluations import read_records, record, records_under, table
 from metrics.judge import MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of, side_of
 from models import SEEDS, sample_every_step
 from presets.datasets import DATASETS
-from weights.opening import (LARGEST_NUMBER, Parser, check_guidance, churn_options,
-                             open_student, open_teacher, steps_text)
+from weights.flags import LARGEST_NUMBER, Parser, check_guidance, churn_options
+from weights.opening import open_student, open_teacher, steps_text
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
 LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}

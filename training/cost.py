@@ -90,7 +90,7 @@ class Rehearsal:
             teacher = shapes_alone(network)
             self.roles = roles = (assemble(config, teacher) if config.stage else
                                   Roles(trainable(teacher), copy.deepcopy(teacher)))
-        roles.previous = roles.previous and copy.deepcopy(teacher)
+        roles.previous = roles.previous and copy.deepcopy(roles.previous)
         roles.distance = self.distance
         roles.student_ddp, roles.adapted_ddp = roles.student, roles.adapted
         for name in ("teacher", "previous", "student", "adapted"):
@@ -327,7 +327,8 @@ def report(iterate, stage):
     lines += [f"{name}: {value:,}" for name, value in totals(config, counted).items()]
     flops = counted.flops * config.batch
     hours = flops / (TERAFLOPS * 1e12 * options.world_size) / 3600
-    lines += [f"parameters of the network: {sizes['moving average'] // 4:,}",
+    lines += [f"parameters of the {'adapters' if config.lora else 'network'}: "
+              f"{sizes['moving average'] // 4:,}",
               f"FLOPs of all iterations: {flops:.3g}; at {TERAFLOPS} TFLOP/s a GPU, without "
               f"evaluations: {hours:.3g} hours"]
     lines += [f"disk space, {name}: {size / 2**20:,.0f} MiB"
