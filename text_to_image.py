@@ -73,12 +73,19 @@ def variance_preserving(table):
     return Levels(table, at, lambda sigma: (1 + sigma ** 2) ** 0.5, sigma_grid)
 
 
-# Stable Diffusion v1.5's, as published; what is left out is diffusers' default.
+# Stable Diffusion v1.5's and SDXL's, as published; what is left out is diffusers' default.
 SD_SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
                    num_train_timesteps=1000)
 SD_LEVELS = variance_preserving(noise_table(**SD_SCHEDULE))
 SD15_NETWORK = dict(unet=dict(sample_size=64, cross_attention_dim=768), prediction_type="epsilon",
                     schedule=SD_SCHEDULE)
+SDXL_NETWORK = SD15_NETWORK | dict(unet=dict(
+    sample_size=128, cross_attention_dim=2048, block_out_channels=[320, 640, 1280],
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    attention_head_dim=[5, 10, 20], transformer_layers_per_block=[1, 2, 10],
+    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816))
 
 
 class TextDenoiser(nn.Module):
