@@ -6,11 +6,13 @@ What a U-Net with adapters says is compared with arithmetic on its weights.
 import copy
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import sample
 import tiny_pipelines
 import train
 from helpers import call
@@ -294,3 +296,92 @@ def test_the_plan_counts_the_base_once(here):
     assert lora["teacher and previous student"] == 2 * (weights + adapters)
     assert lora["trained weights"] == lora["Adam states"] / 2 == 2 * 4 * adapters
     assert lora["moving average"] == lora["gradients"] == 4 * adapters
+
+
+# ---- DMD2's published students. ----
+
+def as_published(role, unet, path, alpha=8.0):
+    """A LoRA file as DMD2's: Kohya's names, fp16, alpha beside each."""
+    tensors = {}
+    for name in adapted_layers(unet):
+        change, stem = role.changes[key(name)], f"lora_unet_{name.replace('.', '_')}"
+        tensors |= {f"{stem}.lora_down.weight": change.down.detach().half(),
+                    f"{stem}.lora_up.weight": change.up.detach().half(),
+                    f"{stem}.alpha": torch.tensor(alpha).half()}
+    save_file(tensors, path)
+
+
+FOUR = [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize("kind, name, steps", [
+    ("sd", "pytorch_model.bin", [999]), ("xl", "dmd2_sdxl_4step_unet_fp16.bin", FOUR),
+    ("xl", "dmd2_sdxl_1step_unet_fp16.bin", [399]), ("xl", "unet.safetensors", FOUR),
+    ("xl", "dmd2_sdxl_4step_lora_fp16.safetensors", FOUR)])
+def test_published_students_open_over_their_base_at_their_timesteps(here, tmp_path, kind, name,
+                                                                    steps):
+    base, path = load_teacher(here / kind).requires_grad_(False), tmp_path / name
+    expected, inputs = copy.deepcopy(base), asked(base)
+    if "lora" in name:
+        role = moved(LoRA(base, 4), by=0.1)
+        as_published(role, base.unet, path)
+        expected = merge(expected, {layer: change | {"alpha": torch.tensor(8.0)}
+                                    for layer, change in parts_of(role.state_dict()).items()}, "it")
+    else:
+        moved(expected, by=0.01)
+        state = {weight: value.half() for weight, value in expected.unet.state_dict().items()}
+        save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    opened = open_network(path, base=here / kind)
+    assert list(opened.sigmas) == base.levels.table[steps].tolist()
+    assert opened.base == str(here / kind)
+    found, wanted = opened.network(*inputs), expected(*inputs)
+    assert (found - wanted).abs().max() < 5e-3 * wanted.abs().max()         # files of fp16
+    assert (found - base(*inputs)).abs().max() > 5e-2 * wanted.abs().max()
+
+
+def test_a_published_student_is_sampled_and_compared_by_the_users_commands(here, monkeypatch,
+                                                                           tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = load_teacher(here / "xl")
+    as_published(moved(LoRA(base, 4)), base.unet, tmp_path / "dmd2_sdxl_4step_lora.safetensors")
+    flags = "--checkpoint", "dmd2_sdxl_4step_lora.safetensors", "--base", here / "xl"
+    assert call(monkeypatch, sample, *flags, "--prompt", "a cat", "--n", 2, "--out", "a.npz") == 0
+    assert "taken for DMD2's, [999, 749, 499, 249]" in capsys.readouterr().out
+    opened = open_network(flags[1], base=here / "xl")
+    opened.serve(["a cat"], "cpu")
+    images, _ = sample_seeds(opened.network, [0, 1], lambda *inputs: sample_student(
+        *inputs, sigmas=opened.sigmas), [0, 0])
+    expected = opened.network.pixels(images).permute(0, 2, 3, 1).numpy()
+    assert np.abs(np.load("a.npz")["arr_0"].astype(int) - expected).max() <= 1
+
+
+def test_a_lora_of_another_base_is_refused_in_one_line(here, trained, run, monkeypatch, tmp_path,
+                                                       capfd):
+    monkeypatch.chdir(tmp_path)
+    out, base = tmp_path / "out", load_teacher(here / "sd")
+    assert call(monkeypatch, exported, "export", trained / "stage1/best.pt", out) == 0
+    as_published(LoRA(base, 4), base.unet, tmp_path / "lora.safetensors")
+    for source, pipeline in ((trained / "stage1/best.pt", "other"), (out, "other"),
+                             (tmp_path / "lora.safetensors", "xl")):
+        assert call(monkeypatch, sample, "--checkpoint", source, "--base", here / pipeline,
+                    "--prompt", "a cat") == 2
+        line, = capfd.readouterr().err.strip().splitlines()
+        assert line.startswith("error: ") and "is a LoRA of another base" in line
+    refused = {"--teacher other --stage 2": "is a LoRA of another base than --teacher other",
+               "--lora 2 --stage 2": "was trained with --lora 4, this run has --lora 2",
+               "--lora -1 --stage 1": "--lora is -1; allowed: 0 or more"}
+    for flags, message in refused.items():
+        start = ("--start-from", trained / "stage1/best.pt") if "stage 2" in flags else ()
+        assert run(*flags.split(), *start, "--folder", tmp_path / "new") == 2
+        assert message in capfd.readouterr().err
+    assert call(monkeypatch, train, "--lora", 4, "--stage", 1) == 2
+    assert "--lora 4: is for text to image" in capfd.readouterr().err
+
+
+def test_a_student_without_a_base_is_told_how_to_name_it(here, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    torch.save(load_teacher(here / "sd").unet.state_dict(), "unet.bin")
+    assert call(monkeypatch, sample, "--checkpoint", "unet.bin", "--prompt", "a cat") == 2
+    assert "give --base, its pipeline's folder or name" in capfd.readouterr().err
+    assert call(monkeypatch, sample, "--checkpoint", "unet.bin", "--base", here / "xl") == 2
+    assert "its weights do not fit its configuration" in capfd.readouterr().err

@@ -25,7 +25,7 @@ def tensors_of(path):
         elif path.suffix == ".bin" and zipfile.is_zipfile(path):
             check_unpacked(path)
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            tensors = found if type(found) is dict else {}
+            tensors = found if isinstance(found, dict) else {}
     ours = path.suffix == ".safetensors" or "conv_in.weight" in tensors
     return tensors if ours else None
 
