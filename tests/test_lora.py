@@ -367,6 +367,7 @@ def test_a_lora_of_another_base_is_refused_in_one_line(here, trained, run, monke
                     "--prompt", "a cat") == 2
         line, = capfd.readouterr().err.strip().splitlines()
         assert line.startswith("error: ") and "is a LoRA of another base" in line
+    monkeypatch.chdir(here)
     refused = {"--teacher other --stage 2": "is a LoRA of another base than --teacher other",
                "--lora 2 --stage 2": "was trained with --lora 4, this run has --lora 2",
                "--lora -1 --stage 1": "--lora is -1; allowed: 0 or more"}
