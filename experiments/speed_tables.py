@@ -206,11 +206,3 @@ def text_memory():
     return markdown(["", "nothing but weights", *sizes], [
         [one["what"], *(f"{one['gib'][size]:.1f}" if size in one["gib"] else "-"
                         for size in ("weights", *sizes))] for one in planned])
-
-
-def lora_memory():
-    planned = result("lora-memory.json")["planned"]
-    sizes = ("weights", "frozen", "1", "2", "4")
-    return markdown(["", "nothing but weights", "of these frozen", *sizes[2:]], [
-        [one["what"], *(f"{one['gib'][size]:.1f}" if size in one["gib"] else "-"
-                        for size in sizes)] for one in planned])
