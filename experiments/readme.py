@@ -206,6 +206,7 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_cifar10": partial(presets, "cifar10"),
          "presets_imagenet64": partial(presets, "imagenet64"),
          "text_memory": speed_tables.text_memory,
+         "lora_memory": speed_tables.lora_memory,
          "presets_ffhq64": partial(presets, "ffhq64"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
