@@ -12,7 +12,6 @@ Every score is recorded beside its protocol in evaluation.json: next to a checkp
 else in the current folder. Evaluating the same thing again replaces it.
 """
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,21 +23,23 @@ import torch
 from base import distributed
 from base.distributed import from_rank_zero, say
 from base.errors import UserError, run
-from base.files import ASSETS, file_digest, shown, versions
+from base.files import file_digest, shown, versions
 from base.progress import progress
 from images.captioned import (COCO_CAPTIONS, COCO_IMAGES, COCO_PICTURES, EMOJI_CAPTIONS, KINDS,
                               check_side, open_captioned, open_pictures, read_captions)
 from images.emoji import SIDE
 from images.from_seeds import choose_classes, heun, prepare, sample_block, seed_blocks
+from images.prompts import read_prompts
 from images.real import open_images
 from images.sets import open_npz
 from metrics.clip_score import OPENCLIP, ClipScore
-from metrics.evaluations import read_records, record, records_under, table
-from metrics.judge import MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of, side_of
+from metrics.diversity import IMAGES, Diversity
+from metrics.evaluations import out_path, record, records_under, table
+from metrics.judge import (MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of, open_real,
+                           side_of)
 from models import SEEDS, sample_every_step
-from presets.datasets import DATASETS
-from weights.opening import (LARGEST_NUMBER, Parser, check_guidance, churn_options,
-                             open_student, open_teacher, steps_text)
+from weights.flags import LARGEST_NUMBER, Parser, check_guidance, churn_options
+from weights.opening import open_student, open_teacher, steps_text
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
 LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}
@@ -96,6 +97,12 @@ def add_text(text):
     text.add_argument("--side", type=int,
                       help=f"score middle squares, by Lanczos to so many pixels a side (default: "
                            f"{TEXT_SIDE} for text to image; DMD2 has 512 for SDXL)")
+    text.add_argument("--patch-fid", metavar="NPZ",
+                      help="also the FID of the middle 299 pixels a side (DMD2), against what "
+                           "python fid.py --patch makes")
+    text.add_argument("--diversity", metavar="FILE",
+                      help=f"also the mean LPIPS between {IMAGES} images of each prompt of this "
+                           "file (DMD2: 128 of PartiPrompts)")
     text.add_argument("--clip", action="store_true",
                       help="also the CLIP score, with the prompts or the captions of --images")
     text.add_argument("--clip-model", metavar="FOLDER",
@@ -126,6 +133,10 @@ def check(args):
     check_side(args.side)
     if args.clip_model and not args.clip:
         raise UserError("--clip-model is for --clip; give both or neither")
+    if args.diversity and not (args.prompts or args.coco):
+        raise UserError("--diversity is of text to image: give --prompts or --coco with it")
+    if args.patch_fid and args.images and (args.side or args.clip):
+        raise UserError("--patch-fid is of images as they are: leave out --side and --clip")
     if args.teacher and args.steps and not args.heun:
         raise UserError("--steps is for a student; a teacher takes --heun")
     if args.precision_recall and args.n and args.n <= NEIGHBOURS:
@@ -150,6 +161,7 @@ class Job:
     ours: bool = False
     captions: list | None = None        # of text to image, by the index that task gives
     classes: int = 0            # that an image can be of
+    diverse: Callable | None = None     # likewise a task, whose image k is of prompt k // IMAGES
 
 
 def open_jobs(args, device):
@@ -166,8 +178,9 @@ def open_jobs(args, device):
     if args.guidance is not None and not teacher:
         raise UserError("--guidance is for a teacher: a student has it in its weights")
     asked = read_captions(args.prompts, args.coco, args.n, (student or teacher).dataset)
+    more = read_prompts(args.diversity) if args.diversity else []
     for opened in filter(None, (student, teacher)):
-        opened.ask(asked.prompts, "--prompts or --coco", device)
+        opened.ask(asked.prompts + more, "--prompts or --coco", device)
         opened.guide(args.guidance)
     jobs = [student_job(student, asked, args, device)] if student else []
     if teacher:
@@ -202,7 +215,7 @@ def network_job(opened, sampler, what, sampling, asked, args, device):
     labels = args.labels if classes else "random"
     said = LABELS[labels] if classes else "none"
     if asked.prompts:
-        n, labels, said = classes, "balanced", "the prompts in order"
+        n, labels, said = len(asked.prompts), "balanced", "the prompts in order"
         shape = (3, opened.pipeline.size, opened.pipeline.size)
     protocol = {"images": n, "seeds": [f"{k * n}-{(k + 1) * n - 1}" for k in range(args.repeats)],
                 "labels": said, "rounding": ROUNDING,
@@ -210,12 +223,17 @@ def network_job(opened, sampler, what, sampling, asked, args, device):
                 "source": {"file": opened.name, "sha256": opened.digest()}} | asked.protocol
 
     def task(seeds):
-        chosen = choose_classes(labels, seeds, classes)
+        chosen = choose_classes(labels, seeds, n if asked.prompts else classes)
         return sample_block(network, seeds, sampler, chosen, device, args.precision)
+
+    def diverse(seeds):
+        return sample_block(network, seeds, sampler, [n + seed // IMAGES for seed in seeds], device,
+                            args.precision)
 
     return Job(what, shape, opened.dataset, task, [protocol | s for s in sampling], n,
                partial(seed_blocks, network=network, device=device), opened.path, opened.ours,
-               asked.prompts or None, classes=0 if asked.prompts else classes)
+               asked.prompts or None, 0 if asked.prompts else classes,
+               diverse if args.diversity else None)
 
 
 def images_job(args):
@@ -263,23 +281,12 @@ def make_judge(job, args, device):
             raise UserError(f"--clip: {shown(job.source)} is no text-to-image network")
         judge.clip = from_rank_zero(lambda: ClipScore(args.clip_model or OPENCLIP, device))
     if args.precision_recall:
-        judge.compare_with(*open_real(job, dataset, side, args))
+        judge.compare_with(*open_real(job.shape, dataset, side, args))
+    if args.patch_fid:
+        judge.compare_patches(args.patch_fid)
+    if args.diversity:
+        judge.diversity = Diversity(args.diversity, args.cache, device)
     return judge
-
-
-def open_real(job, dataset, side, args):
-    """Real images and where they are, of the shape that is scored."""
-    source = args.data or (str(Path(args.coco) / COCO_PICTURES) if args.coco else
-                           DATASETS[dataset].data if dataset in DATASETS else "")
-    if not source:
-        raise UserError("--precision-recall needs real images: give --data")
-    if side:
-        return open_pictures(source, side), source
-    images = from_rank_zero(lambda: open_images(source, args.cache))
-    if tuple(images.shape) != tuple(job.shape):
-        raise UserError(f"--data {source} has images of shape {list(images.shape)}, those "
-                        f"evaluated are {list(job.shape)}")
-    return images, source
 
 
 def evaluate(job, judge, repeat, repeats):
@@ -287,8 +294,12 @@ def evaluate(job, judge, repeat, repeats):
     begin = repeat * job.n
     text = job.what[-1][0] + (f", block {repeat + 1} of {repeats}" if repeats > 1 else "")
     with progress(total=job.n, desc=text, unit="image") as bar:
-        return judge.scores(job.task, job.blocks(range(begin, begin + job.n)), len(job.what),
-                            job.n, bar)
+        scores = judge.scores(job.task, job.blocks(range(begin, begin + job.n)), len(job.what),
+                              job.n, bar)
+    if judge.diversity:
+        for one, value in zip(scores, judge.diversity.scores(job.diverse, len(scores))):
+            one["diversity"] = value
+    return scores
 
 
 def summary(values):
@@ -311,21 +322,6 @@ def entries(job, judge, args, device):
 
 # ---- Command ----
 
-def out_path(args, job):
-    beside = job.ours and job.source.parent.resolve() != ASSETS
-    path = Path(args.out or (job.source.parent if beside else Path()) / "evaluation.json")
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder; name a .json file")
-    if path.exists() and not args.force:
-        try:
-            read_records(path)
-        except UserError as error:
-            raise UserError(f"{error}; --force replaces it, --out names another file") from None
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--out {path}: cannot write to {path.parent}")
-    return path
-
-
 def main(argv=None):
     args = parse(argv)
     if args.table:
@@ -335,7 +331,8 @@ def main(argv=None):
     jobs = open_jobs(args, device)
     if len({tuple(job.shape) for job in jobs}) > 1:
         raise UserError("student and teacher make images of different shapes")
-    path, judge, done = out_path(args, jobs[0]), make_judge(jobs[0], args, device), []
+    path = out_path(args.out, jobs[0].source, jobs[0].ours, args.force)
+    judge, done = make_judge(jobs[0], args, device), []
     for job in jobs:
         new = entries(job, judge, args, device)
         done += new

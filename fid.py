@@ -241,9 +241,12 @@ def main(argv=None):
                                           "digits are scored by Inception")
     parser.add_argument("--side", type=int, help="pictures of any size: their middle squares, by "
                                                  "Lanczos to so many pixels a side")
+    parser.add_argument("--patch", action="store_true",
+                        help="pictures of any size: the middle 299 pixels a side of each as they "
+                             "are, for DMD2's patch FID")
     parser.add_argument("--resize", choices=("tf1", "clean"),
                         help="to Inception's 299: TensorFlow 1's, as EDM, or clean-fid's (default: "
-                             "tf1; clean with --side)")
+                             "tf1; clean with --side or --patch)")
     parser.add_argument("--batch", type=int, default=64, help="images read at a time")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
@@ -257,20 +260,23 @@ def main(argv=None):
         raise UserError(f"--out {args.out} exists; --force replaces it")
     if not Path(args.out).absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: no such folder")
+    if args.patch and args.side:
+        raise UserError("--patch takes the pictures as they are; leave out --side")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no CUDA device here; cpu works")
 
-    from images.captioned import check_side, open_pictures      # this file is mathematics too,
-    from images.real import open_images                         # and imports no room
+    # This file is mathematics too, and imports no room.
+    from images.captioned import check_side, open_patches, open_pictures
+    from images.real import open_images
     from metrics.judge import OWN, dataset_of, feature_network
     check_side(args.side)
     images = (open_pictures(args.data, args.side) if args.side else
-              open_images(args.data, args.cache))
+              open_patches(args.data) if args.patch else open_images(args.data, args.cache))
     named = args.dataset or (args.data if args.data in OWN else None)
     dataset = dataset_of(images.shape, named, args.data)
-    resize = args.resize or ("clean" if args.side else "tf1")
+    resize = args.resize or ("clean" if args.side or args.patch else "tf1")
     network = feature_network(dataset, args.cache, args.device, args.inception, resize)
     made = {} if dataset in OWN else {"resize": resize, "side": images.shape[-1]}
     batches = (batch for batch, _ in images.batches(args.batch))

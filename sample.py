@@ -27,8 +27,8 @@ from images.pictures import comparison, grid, save_png
 from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
 from models import SEEDS, sample_student
-from weights.opening import (LARGEST_NUMBER, Opened, Parser, check_guidance, check_sigmas,
-                             churn_options, open_network, open_student, open_teacher, steps_text)
+from weights.flags import LARGEST_NUMBER, Parser, check_guidance, check_sigmas, churn_options
+from weights.opening import Opened, open_network, open_student, open_teacher, steps_text
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
 

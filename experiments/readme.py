@@ -209,6 +209,7 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "text_memory": speed_tables.text_memory,
          "gpus_sd15": partial(speed_tables.gpu_memory, "sd15"),
          "gpus_sdxl": partial(speed_tables.gpu_memory, "sdxl"),
+         "lora_memory": speed_tables.lora_memory,
          "presets_ffhq64": partial(presets, "ffhq64"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (

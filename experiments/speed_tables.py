@@ -216,3 +216,11 @@ def text_memory():
     return markdown(["", "nothing but weights", *sizes], [
         [one["what"], *(f"{one['gib'][size]:.1f}" if size in one["gib"] else "-"
                         for size in ("weights", *sizes))] for one in planned])
+
+
+def lora_memory():
+    """GiB of one process, by the plan."""
+    planned, sizes = result("lora-memory.json")["planned"], ("1", "2", "4")
+    return markdown(["", "nothing but weights", "of these frozen", *sizes], [
+        [one["what"], *(f"{one['gib'][size]:.1f}" if size in one["gib"] else "-"
+                        for size in ("weights", "frozen", *sizes))] for one in planned])

@@ -19,6 +19,7 @@ COCO_CAPTIONS, COCO_PICTURES = "annotations/captions_val2014.json", "val2014"
 COCO_IMAGES = 30_000            # of the papers' figures
 COCO_SEED = 0                   # of the choice among them: everywhere the same list
 LARGEST_SIDE = 4096
+PATCH = 299                     # pixels a side of DMD2's patch FID: Inception's own
 # Kinds of captions of emoji, as --prompts has them.
 KINDS = {kind.replace(" ", "-"): kind for kind in ("training", *emoji.KINDS)}
 EMOJI_CAPTIONS = 10_000         # of an evaluation, where no number is asked for
@@ -34,23 +35,38 @@ def square(pixels, size):
 
     uint8 [1 or 3,H,W] -> [3,size,size]
     """
-    picture = Image.fromarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
-    side = min(picture.size)
-    left, top = (round((length - side) / 2) for length in picture.size)     # to even, as there
-    picture = picture.crop((left, top, left + side, top + side))
-    resized = picture.resize((size, size), Image.Resampling.LANCZOS)
+    picture = in_colour(pixels)
+    resized = middle(picture, min(picture.size)).resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(resized).transpose(2, 0, 1).copy()
 
 
-def squares(images, size):
+def patch(pixels, size):
+    """The middle square of this size with its pixels as they are, for DMD2's patch FID; a smaller
+    picture whole, brought to that size. uint8 [1 or 3,H,W] -> [3,size,size]"""
+    picture = in_colour(pixels)
+    fits = min(picture.size) >= size
+    cut = middle(picture, size) if fits else picture.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(cut).transpose(2, 0, 1).copy()
+
+
+def in_colour(pixels):
+    return Image.fromarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
+
+
+def middle(picture, side):
+    left, top = (round((length - side) / 2) for length in picture.size)     # to even, as there
+    return picture.crop((left, top, left + side, top + side))
+
+
+def squares(images, size, cut=square):
     """uint8 [B,1 or 3,H,W] -> [B,3,size,size] on the CPU"""
-    return torch.from_numpy(np.stack([square(x, size) for x in images.cpu().numpy()]))
+    return torch.from_numpy(np.stack([cut(x, size) for x in images.cpu().numpy()]))
 
 
 class Pictures(Images):
     """Like other images, but that the files may have any sizes; with captions where asked for."""
 
-    def __init__(self, path, size, captioned=False):
+    def __init__(self, path, size, captioned=False, cut=square):
         if not path.exists():
             raise UserError(f"no pictures at {path}; wanted: a folder or zip of them")
         found, read_bytes = open_files(path)
@@ -58,12 +74,16 @@ class Pictures(Images):
         if not names:
             raise UserError(f"no pictures in {path}")
         super().__init__(str(path), (3, size, size), np.zeros(len(names), np.int64),
-                         lambda number: square(decode(path, names[number], read_bytes), size), 0)
+                         lambda number: cut(decode(path, names[number], read_bytes), size), 0)
         self.captions = captions_of(path, names, set(found), read_bytes) if captioned else None
 
 
 def open_pictures(source, size):
     return Pictures(Path(source), size)
+
+
+def open_patches(source):
+    return Pictures(Path(source), PATCH, cut=patch)
 
 
 def open_captioned(source, size):

@@ -1,16 +1,19 @@
 """evaluation.json: figures beside the protocol that they stand for, and tables made from them."""
 
 import json
+import os
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import write_atomically
+from base.files import ASSETS, write_atomically
 
 COLUMNS = {"digits-FID": "{:.3f}", "emoji-FID": "{:.3f}", "FID": "{:.3f}",
-           "right_class": "{:.2%}", "right_picture": "{:.2%}", "clip_score": "{:.4f}",
-           "inception_score": "{:.3f}", "precision": "{:.4f}", "recall": "{:.4f}"}
+           "right_class": "{:.2%}", "right_picture": "{:.2%}", "patch_fid": "{:.3f}",
+           "clip_score": "{:.4f}", "diversity": "{:.4f}", "inception_score": "{:.3f}",
+           "precision": "{:.4f}", "recall": "{:.4f}"}
 HEADINGS = {"right_class": "right class", "right_picture": "right picture",
-            "clip_score": "CLIP score", "inception_score": "Inception score"}
+            "patch_fid": "patch FID", "clip_score": "CLIP score",
+            "inception_score": "Inception score"}
 
 
 def identity(entry):
@@ -35,6 +38,22 @@ def read_records(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no record of evaluate.py") from None
+
+
+def out_path(out, source, ours, force):
+    """Where a record is written: beside a checkpoint of a run, else in the current folder."""
+    beside = ours and source.parent.resolve() != ASSETS
+    path = Path(out or (source.parent if beside else Path()) / "evaluation.json")
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder; name a .json file")
+    if path.exists() and not force:
+        try:
+            read_records(path)
+        except UserError as error:
+            raise UserError(f"{error}; --force replaces it, --out names another file") from None
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out {path}: cannot write to {path.parent}")
+    return path
 
 
 def record(path, new, force):
@@ -86,8 +105,15 @@ def protocol_text(r):
              f"reference {p['reference']['file']} ({p['reference']['sha256'][:8]})",
              f"features {p['features']['network']} ({(p['features']['sha256'] or '-')[:8]})",
              f"CLIP score of {clip['model']} ({clip['sha256'][:8]})" if clip else "",
-             p.get("precision_recall", ""), f"torch {e['torch']}, {e['device']}"]
+             patches_text(p["patch_reference"]) if "patch_reference" in p else "",
+             p.get("diversity", ""), p.get("precision_recall", ""),
+             f"torch {e['torch']}, {e['device']}"]
     return "; ".join(part for part in parts if part)
+
+
+def patches_text(reference):
+    return (f"patch FID of the middle 299 pixels a side, reference {reference['file']} "
+            f"({reference['sha256'][:8]})")
 
 
 def prompts_text(prompts):

@@ -14,8 +14,9 @@ from base.files import ROOT, file_digest, shown
 from base.progress import progress
 from fid import (FeatureStatistics, InceptionScore, all_reduce, frechet_distance, precision_recall,
                  read_reference)
-from images.captioned import squares
+from images.captioned import COCO_PICTURES, PATCH, open_pictures, patch, squares
 from images.from_seeds import choose_classes, every_step, heun, sample_block, seed_blocks
+from images.real import open_images
 from metrics.digits_classifier import load_digits_network
 from metrics.emoji_judge import load_emoji_network
 from metrics.inception import load_inception
@@ -95,6 +96,21 @@ def find_reference(name, cache):
     return embedded if embedded.is_file() else from_rank_zero(lambda: fetch(name, cache))
 
 
+def open_real(shape, dataset, side, args):
+    """Real images and where they are, of the shape that is scored."""
+    source = args.data or (str(Path(args.coco) / COCO_PICTURES) if args.coco else
+                           DATASETS[dataset].data if dataset in DATASETS else "")
+    if not source:
+        raise UserError("--precision-recall needs real images: give --data")
+    if side:
+        return open_pictures(source, side), source
+    images = from_rank_zero(lambda: open_images(source, args.cache))
+    if tuple(images.shape) != tuple(shape):
+        raise UserError(f"--data {source} has images of shape {list(images.shape)}, those "
+                        f"evaluated are {list(shape)}")
+    return images, source
+
+
 class Judge:
     """Feature network, reference statistics and real features: what all images are held against."""
 
@@ -104,7 +120,7 @@ class Judge:
         captions: by the index that a task gives beside its images."""
         resize = resize or ("clean" if side else "tf1")
         self.device, self.real, self.clip, self.side = device, None, None, side
-        self.captions = captions
+        self.captions, self.patches, self.diversity = captions, None, None
         how = made_by(side, resize, reference) if side else ""
         if not (reference or has_reference(dataset)):
             raise UserError("no reference is known for these images: give "
@@ -117,6 +133,14 @@ class Judge:
         self.made = {} if dataset in OWN else {"resize": resize}
         self.made |= {"side": side} if side else {}
         self.reference = read_reference(self.path, self.network.dimensions, **self.made)
+
+    def compare_patches(self, path):
+        """Also DMD2's patch FID, against this reference."""
+        if not Path(path).is_file():
+            raise UserError(f"--patch-fid {path}: no such file; python fid.py --data PICTURES "
+                            f"--patch --out {path} makes one")
+        self.patches = read_reference(path, self.network.dimensions, side=PATCH)
+        self.patches_path = path
 
     def compare_with(self, images, source):
         """Also precision and recall, against these real images."""
@@ -140,19 +164,24 @@ class Judge:
             images, asked = task(block)
             if self.captions:
                 asked = [self.captions[i] for i in asked.tolist()]
+            more = [{} for _ in images]
+            if self.patches:
+                for one, x in zip(more, images):
+                    cut = squares(x, PATCH, patch).to(self.device)
+                    one["patches"] = self.network(cut)[0]
             if self.side:
                 images = [squares(x, self.side) for x in images]
             outputs = [self.network(x.to(self.device)) for x in images]
             if self.clip:
-                cosines = self.clip(images, asked)
-                outputs = [(*output, one) for output, one in zip(outputs, cosines)]
-            return block, outputs, asked
+                for one, cosines in zip(more, self.clip(images, asked)):
+                    one["cosines"] = cosines
+            return block, zip(outputs, more), asked
 
         tallies = [Tally(self, n) for _ in range(lists)]
         mine = blocks[distributed.rank()::distributed.world_size()]
         for block, outputs, asked in distributed.in_parallel(features, mine, self.device):
-            for tally, output in zip(tallies, outputs):
-                tally.add(block[0] - blocks[0][0], asked, *output)
+            for tally, (output, more) in zip(tallies, outputs):
+                tally.add(block[0] - blocks[0][0], asked, *output, **more)
             if bar is not None:
                 bar.update(len(block) * distributed.world_size())
         return [tally.scores() for tally in tallies]
@@ -161,6 +190,11 @@ class Judge:
         about = {"reference": {"file": shown(self.path), "sha256": file_digest(self.path)},
                  "features": {"network": self.network.name, "sha256": self.network.sha256}}
         about |= self.made
+        if self.patches:
+            about["patch_reference"] = {"file": shown(self.patches_path),
+                                        "sha256": file_digest(self.patches_path)}
+        if self.diversity:
+            about["diversity"] = self.diversity.protocol()
         if self.clip:
             about["clip_score"] = {"model": self.clip.name, "sha256": self.clip.sha256}
         if self.real is not None:
@@ -175,6 +209,7 @@ class Tally:
     def __init__(self, judge, n):
         self.judge, self.n = judge, n
         self.statistics = FeatureStatistics(judge.network.dimensions, judge.device)
+        self.patches = judge.patches and FeatureStatistics(judge.network.dimensions, judge.device)
         self.right = torch.zeros(2, dtype=torch.float64, device=judge.device)   # of how many
         self.cosines = torch.zeros((), dtype=torch.float64, device=judge.device)
         self.inception_score = None
@@ -182,13 +217,15 @@ class Tally:
             self.inception_score = InceptionScore(n, device=judge.device)
         self.kept = []
 
-    def add(self, first, asked, features, logits, cosines=None):
+    def add(self, first, asked, features, logits, cosines=None, patches=None):
         """One block, whose first image is number `first` of the list; asked: its classes, or
         captions, or None."""
         self.statistics.add(features)
         if self.judge.network.share and asked is not None:
             hits = self.judge.network.right(logits, asked)
             self.right += self.right.new_tensor([hits.sum(), len(hits)])
+        if patches is not None:
+            self.patches.add(patches)
         if cosines is not None:
             self.cosines += cosines.double().sum()
         if self.inception_score:
@@ -205,6 +242,10 @@ class Tally:
         scores = {self.judge.network.metric: frechet_distance(*statistics, *self.judge.reference)}
         if self.right[1]:
             scores[self.judge.network.share] = (self.right[0] / self.right[1]).item()
+        if self.patches:
+            self.patches.all_reduce()
+            scores["patch_fid"] = frechet_distance(
+                self.patches.mean(), self.patches.covariance(), *self.judge.patches)
         if self.judge.clip:
             scores["clip_score"] = (self.cosines / self.statistics.n).item()
         if self.inception_score:

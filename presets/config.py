@@ -46,6 +46,8 @@ class Config:
                                     "linearly; 1: constant, as in the papers")
     betas: tuple = option((0.9, 0.999), "AdamW's")
     weight_decay: float = option(0.01, "AdamW's")
+    lora: int = option(0, "text to image: rank of what learns of each layer (LoRA), in student and "
+                          "adapted network over one frozen copy of the teacher; 0: all learns")
     clip: float = option(10.0, "largest L2 norm of a gradient; 0: no limit")
     ema_halflife: int = option(500_000, "images of student updates after which the average student "
                                         "has half forgotten")

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import evaluate
+import metrics.lpips
 import fid
 import tiny_pipelines
 from base.errors import UserError
@@ -27,6 +28,7 @@ from images.captioned import coco_captions, open_captioned, square, squares
 from metrics import evaluations, judge
 from metrics.clip_score import PREFIX, ClipScore
 from metrics.inception import RESIZES, Inception, bicubic_matrix
+from metrics.lpips import LPIPS
 from models import Guided, sample_every_step, sample_heun, sample_seeds
 from weights.pipeline import Pipeline, load_teacher
 from weights import checkpoint
@@ -573,3 +575,78 @@ def test_fid_refuses_pictures_of_many_sizes_but_with_a_side(here, monkeypatch, c
         assert said in capfd.readouterr().err and not Path("out.npz").exists()
     assert call(monkeypatch, fid, *flags, "--side", 256) == 0
     assert fid.read_reference("out.npz", 6, resize="clean", side=256)[0].shape == (6,)
+
+
+# ---- Patch FID and diversity, as DMD2 has them ----
+
+def patch_by_hand(picture):
+    """uint8 [H,W,3] -> the middle 299 pixels a side; a smaller one resized whole."""
+    height, width = picture.shape[:2]
+    if min(height, width) < 299:
+        return np.asarray(Image.fromarray(picture).resize((299, 299), Image.Resampling.BICUBIC))
+    top, left = round((height - 299) / 2), round((width - 299) / 2)
+    return picture[top:top + 299, left:left + 299]
+
+
+def patch_features(pictures, folder):
+    network = Inception()
+    network.load_state_dict(torch.load(folder / "inception.pth", weights_only=True))
+    network.resize = lambda x: x
+    x = torch.from_numpy(np.stack([patch_by_hand(one) for one in pictures]))
+    with torch.no_grad():
+        return network._chunk(x.permute(0, 3, 1, 2).float())[0].double().numpy()
+
+
+def test_patch_fid_is_of_the_middle_299_pixels_as_they_are(here, monkeypatch, capfd):
+    real = [noise_picture(*size, k) for k, size in enumerate([(330, 352), (299, 404), (320, 120)])]
+    made = [noise_picture(310, 325, seed) // 2 for seed in (7, 8, 9)]
+    for name, pictures in (("real", real), ("made", made)):
+        Path(name).mkdir()
+        for k, picture in enumerate(pictures):
+            Image.fromarray(picture).save(f"{name}/{k}.png")
+    np.savez("any.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    inception = "--inception", "inception.pth"
+    assert call(monkeypatch, fid, "--data", "real", "--patch", "--out", "patch.npz",
+                *inception) == 0
+    flags = "--images", "made", "--reference", "any.npz", *inception, "--patch-fid"
+    assert call(monkeypatch, evaluate, *flags, "patch.npz") == 0
+    entry, = entries()
+    wanted = distance(*(patch_features(pictures, here) for pictures in (made, real)))
+    assert entry["figures"]["patch_fid"]["mean"] == pytest.approx(wanted, rel=1e-3)
+    assert entry["protocol"]["patch_reference"] == {"file": "patch.npz",
+                                                    "sha256": digest("patch.npz")}
+    assert "| patch FID |" in evaluations.table([entry])
+    refused = {"coco.npz": "was made with --side 256, these figures are of --side 299",
+               "none.npz": "python fid.py --data PICTURES --patch --out none.npz makes one",
+               "patch.npz --side 256": "--patch-fid is of images as they are"}
+    for path, said in refused.items():
+        assert call(monkeypatch, evaluate, *flags, *path.split()) == 2
+        assert said in capfd.readouterr().err
+
+
+def test_diversity_is_the_mean_lpips_between_four_pictures_of_each_prompt(here, monkeypatch, capfd):
+    torch.manual_seed(0)
+    lpips = LPIPS(resize=None)
+    state = {name: value.abs() if name.startswith("lin") else value     # as LPIPS's are
+             for name, value in lpips.state_dict().items()}
+    lpips.load_state_dict(state)
+    for name in ("vgg16", "lpips-vgg"):
+        torch.save({k: v for k, v in state.items() if k.startswith("lin") == (name != "vgg16")},
+                   name)
+    monkeypatch.setattr(metrics.lpips, "fetch", lambda name, cache: name)
+    Path("two.txt").write_text("a red car\nthe sea\n")
+    assert call(monkeypatch, evaluate, *COMMAND[:8], "--diversity", "two.txt", "--steps", 1, 2,
+                "--n", 2) == 0
+    network = checkpoint.network_from(checkpoint.load("student.pt"))
+    lists = pictures_of(network, here, partial(
+        sample_every_step, sigmas=network.levels.table[[999, 499]].tolist()), range(8),
+        ["a red car"] * 4 + ["the sea"] * 4)
+    for entry, images in zip(entries(), lists, strict=True):
+        x = images / 127.5 - 1
+        pairs = [lpips(x[i:i + 1], x[j:j + 1]).item() for first in (0, 4)
+                 for i in range(first, first + 4) for j in range(i + 1, first + 4)]
+        assert len(pairs) == 12 and min(pairs) > 0
+        assert entry["figures"]["diversity"]["mean"] == pytest.approx(np.mean(pairs), rel=1e-3)
+        assert "4 images of each prompt of two.txt" in entry["protocol"]["diversity"]
+    assert call(monkeypatch, evaluate, "--images", "coco/val2014", "--diversity", "two.txt") == 2
+    assert "--diversity is of text to image" in capfd.readouterr().err

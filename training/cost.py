@@ -100,7 +100,8 @@ def report(iterate, stage):
     lines += [f"{name}: {value:,}" for name, value in totals(config, counted).items()]
     flops = counted.flops * config.batch
     hours = flops / (TERAFLOPS * 1e12 * options.world_size) / 3600
-    lines += [f"parameters of the network: {sizes['moving average'] // 4:,}",
+    lines += [f"parameters of the {'adapters' if config.lora else 'network'}: "
+              f"{sizes['moving average'] // 4:,}",
               f"FLOPs of all iterations: {flops:.3g}; at {TERAFLOPS} TFLOP/s a GPU, without "
               f"evaluations: {hours:.3g} hours"]
     lines += [f"disk space, {name}: {size / 2**20:,.0f} MiB"

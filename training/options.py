@@ -18,7 +18,7 @@ from training.subject import subject_of
 from weights.checkpoint import untrained
 
 # What says nothing about a teacher in training.
-STUDENTS = ("guidance", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
+STUDENTS = ("guidance", "lora", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
             "unforget_weight", "external_sampling", "gan_weight", "gan_adapted_weight",
             "regression_weight", "regression_pairs", "regression_steps", "ttur")
 # And what of a student.
@@ -185,7 +185,7 @@ def check(config):
         require(getattr(config, name) >= 1, name, "whole numbers, at least 1")
     for name in ("unforget_weight", "gan_weight", "gan_adapted_weight", "regression_weight",
                  "regression_pairs", "weight_decay", "clip", "warm_up", "ema_halflife",
-                 "ema_rampup", "evaluate_every", "alpha", "guidance"):
+                 "ema_rampup", "evaluate_every", "alpha", "guidance", "lora"):
         require(0 <= getattr(config, name) < math.inf, name, "0 or more")
     require(0 <= config.seed < 1 << 63, "seed", "0 to 2^63 - 1, as torch's generators")
     require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")
@@ -243,6 +243,12 @@ def options(args, config, subject):
     if args.shard and world_size == 1 and not args.dry_run:
         raise UserError("--shard: one process has nobody to share with; start several, torchrun "
                         "--nproc_per_node=2 train.py ..")
+    if config.lora and "unet" not in subject.network:
+        raise UserError(f"--lora {config.lora}: is for text to image, such as --dataset sd15; the "
+                        f"network of {config.dataset} learns whole")
+    if config.lora and (args.shard or args.ema_on_host):
+        raise UserError(f"--lora {config.lora} has little to share: leave out "
+                        + ("--shard" if args.shard else "--ema-on-host"))
     folder = folder_of(args, config.dataset, config.method, config.stage)
     return Options(folder, args.data or config.dataset, args.reference, args.inception,
                    args.prompts, args.cache, args.device, per_gpu, args.precision, args.compile,

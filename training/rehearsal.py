@@ -73,7 +73,7 @@ class Rehearsal:
             teacher = shapes_alone(network)
             self.roles = roles = (assemble(config, teacher) if config.stage else
                                   Roles(trainable(teacher), copy.deepcopy(teacher)))
-        roles.previous = roles.previous and copy.deepcopy(teacher)
+        roles.previous = roles.previous and copy.deepcopy(roles.previous)
         roles.distance = self.distance
         roles.student_ddp, roles.adapted_ddp = roles.student, roles.adapted
         for name in ("teacher", "previous", "student", "adapted"):

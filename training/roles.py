@@ -17,6 +17,7 @@ from images import emoji
 from images.captioned import prompts_for
 from models import AdaptedWithHead, Guided
 from weights import checkpoint
+from weights.lora import LoRA
 from weights.opening import Opened, find_teacher, open_network, steps_text
 from weights.pipeline import with_text_encoder
 
@@ -53,8 +54,8 @@ def check_teacher(config, teacher):
         raise UserError(f"--guidance {config.guidance:g}: this teacher has no classes or prompts")
 
 
-def starting_point(config, options, teacher):
-    """The checkpoint that a later stage starts from, or None for the teacher."""
+def starting_point(config, options, teacher, digest):
+    """The checkpoint that a later stage starts from, or None for the teacher, of this digest."""
     path = Path(config.start_from) if config.start_from else None
     if path is None and config.method == "pmdd" and config.stage > 1:
         path = options.folder.parent / f"stage{config.stage - 1}" / "best.pt"
@@ -81,6 +82,12 @@ def starting_point(config, options, teacher):
     if payload["network"] != teacher.config:
         raise UserError(f"{path}, which stage {config.stage} starts from, has another architecture "
                         f"than the teacher {config.teacher}")
+    if payload.get("lora", 0) != config.lora:
+        raise UserError(f"{path} was trained with --lora {payload.get('lora', 0)}, this run has "
+                        f"--lora {config.lora}; give the same")
+    if config.lora and payload["made_from"]["teacher"] != digest:
+        raise UserError(f"{path} is a LoRA of another base than --teacher {config.teacher}, which "
+                        "has other weights; give the one that it was trained over")
     return payload
 
 
@@ -118,7 +125,7 @@ def load_roles(config, options, device):
             opened.serve(prompts_of(config, options), device)
         check_teacher(config, teacher)
         made_from = {"teacher": checkpoint.weights_digest(teacher.state_dict())}
-        begin = starting_point(config, options, teacher)
+        begin = starting_point(config, options, teacher, made_from["teacher"])
         if begin:
             made_from["start"] = checkpoint.weights_digest(begin["ema"])
         roles = assemble(config, teacher, begin)
@@ -191,10 +198,17 @@ def store_frozen(roles, precision):
 
 def assemble(config, teacher, begin=None):
     """The networks of a stage that starts from the teacher, or from a checkpoint (Deviation 9)."""
-    start = checkpoint.network_from(begin) if begin else teacher
+    start = teacher
+    if config.lora:
+        torch.manual_seed(config.seed)                  # the adapters' first weights
+        start = LoRA(teacher, config.lora)
+    adapted = copy.deepcopy(start)
+    if begin and config.lora:
+        start.load_state_dict(begin["ema"])
+    elif begin:
+        start = checkpoint.network_from(begin)
     for asked in ("conditions", "pixels"):              # of its pipeline, where it has one
         setattr(start, asked, getattr(teacher, asked))
-    adapted = copy.deepcopy(teacher)
     if config.gan_weight:
         torch.manual_seed(config.seed)                  # the head's first weights
         adapted = AdaptedWithHead(adapted)
@@ -247,6 +261,8 @@ def payload(config, roles, optimizers, iteration, best_fid, scores):
                "iteration": iteration, "fid": scores, "best_fid": best_fid,
                "made_from": roles.made_from, "teacher": config.teacher,
                "class_names": list(roles.class_names)}
+    if config.lora:
+        content["lora"] = config.lora
     for name, network in saved_networks(roles).items():
         content[name] = distributed.whole_on_rank_zero(network.state_dict())
     if roles.opened and roles.opened.base:
@@ -284,7 +300,8 @@ def resume(config, options, roles, optimizers):
             raise UserError(f"{name} holds other weights than when {folder} was begun; put them "
                             "back, choose another --folder, or go on all the same with --force")
     networks = saved_networks(roles)
-    if saved["network"] != roles.student.config or ("head" in networks) != ("head" in saved):
+    if (saved["network"] != roles.student.config or saved.get("lora", 0) != config.lora
+            or ("head" in networks) != ("head" in saved)):
         raise UserError(f"{folder} holds a run of another architecture; choose another --folder")
     try:
         for name, network in networks.items():

@@ -28,7 +28,7 @@ NUMBER = (int, float)
 KINDS = {"dataset": str, "method": str, "stage": int, "sigmas": list, "network": dict, "fid": dict,
          "iteration": int, "best_fid": NUMBER, "ema": dict, "student": dict, "adapted": dict,
          "head": dict, "optimizers": list, "made_from": dict, "pipeline": str,
-         "teacher": str, "class_names": list}
+         "teacher": str, "class_names": list, "lora": int}
 WEIGHTS = ("ema", "student", "adapted", "head")
 SAMPLED = ("dataset", "sigmas", "network", "ema")           # what sampling needs of it
 RESUMED = ("network", "student", "ema", "optimizers", "iteration", "fid")       # and a resumed run

@@ -1,7 +1,8 @@
 """A student as a folder that diffusers samples, and back; a stage 0 as a pipeline of its own.
 
-A U-Net in safetensors under diffusers' names, the scheduler that makes our alternation, and a model
-card. sampling.json holds what sampling needs besides: the timesteps and the base pipeline's name.
+A U-Net or a LoRA in safetensors under diffusers' names, the scheduler that makes our alternation,
+and a model card. sampling.json holds what sampling needs besides: the timesteps, the base
+pipeline's name, and of a LoRA the hash of the base's weights.
 """
 
 import json
@@ -14,13 +15,21 @@ from pathlib import Path
 import torch
 
 from base.files import ROOT, hidden_beside
-from text_to_image import library, reading, require
+from text_to_image import build, library, reading, require
 from weights.pipeline import load_unet, locate, read_json
 from weights import checkpoint
+from weights.lora import LORA_FILE, as_diffusers, merged, parts_in
 
 CARD = Path(__file__).parents[1] / "assets" / "model_card.md"
 LICENCES = {"stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++",
             "stable-diffusion-xl": "openrail++"}
+
+
+# What the card says of each.
+WHOLE = dict(kind="U-Net", imports=", UNet2DConditionModel", lora="",
+             unet="unet=UNet2DConditionModel.from_pretrained(folder),\n    ")
+ADAPTERS = dict(kind="LoRA", imports="", unet="",
+                lora="pipeline.load_lora_weights(folder)      # it takes: pip install peft\n")
 
 
 def lcm_scheduler(schedule, prediction_type, timesteps):
@@ -43,7 +52,7 @@ def licence(base):
     return said[1] if said else [*known, "other"][0]
 
 
-def model_card(base, timesteps, facts):
+def model_card(base, timesteps, facts, lora):
     counts = range(1, len(timesteps) + 1)
     return CARD.read_text().format(
         base=base, base_model="" if (ROOT / base).exists() else f"base_model: {base}\n",
@@ -51,21 +60,30 @@ def model_card(base, timesteps, facts):
         steps=" or ".join(map(str, counts)) + " step" + "s" * (len(timesteps) > 1),
         timesteps=timesteps,
         prefixes=", ".join(f"{n}: `{timesteps[:n]}`" for n in counts),
-        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()))
+        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        **ADAPTERS if lora else WHOLE)
 
 
-def export(network, base, sigmas, out, facts):
-    """Write the folder `out`, whole or not at all; returns the timesteps nearest to the sigmas."""
+def export(network, base, sigmas, out, facts, lora=None):
+    """Write the folder `out`, whole or not at all; returns the timesteps nearest to the sigmas.
+
+    lora: (adapters, hash of the base's weights), in place of the network's own weights.
+    """
     out = Path(out)
     require(not out.exists(), f"{out} exists; give a new folder")
     timesteps = network.timestep(torch.tensor(sigmas, dtype=torch.float64)).tolist()
     with hidden_beside(out, folder=True) as temporary:
-        network.unet.save_pretrained(temporary)
+        if lora:
+            library("safetensors.torch").save_file(as_diffusers(lora[0], network.unet),
+                                                   temporary / LORA_FILE, {"format": "pt"})
+        else:
+            network.unet.save_pretrained(temporary)
         lcm_scheduler(network.config["schedule"], network.config["prediction_type"],
                       timesteps).save_pretrained(temporary / "scheduler")
         sampling = {"base": str(base), "timesteps": timesteps, "facts": facts}
+        sampling |= {"base_sha256": lora[1]} if lora else {}
         (temporary / "sampling.json").write_text(json.dumps(sampling, indent=1) + "\n")
-        (temporary / "README.md").write_text(model_card(base, timesteps, facts))
+        (temporary / "README.md").write_text(model_card(base, timesteps, facts, lora))
         publish(temporary, out)
     return timesteps
 
@@ -91,10 +109,19 @@ def publish(temporary, out):
     temporary.rename(out)
 
 
-def load_exported(folder):
-    """(network, sigmas, the base pipeline's name) of a folder that export() wrote."""
+def load_exported(folder, base=None):
+    """(network, sigmas, the base pipeline's name) of a folder that export() wrote.
+
+    base: that of a LoRA, where it has moved."""
     folder = Path(folder)
-    sampling, network = read_json(folder / "sampling.json"), load_unet(folder, folder / "scheduler")
+    sampling = read_json(folder / "sampling.json")
+    if (folder / LORA_FILE).is_file():
+        with reading(folder):
+            tensors = library("safetensors.torch").load_file(folder / LORA_FILE)
+        network = merged(base or sampling["base"], sampling.get("base_sha256"),
+                         parts_in(tensors, folder), folder)
+    else:
+        network = load_unet(folder, folder / "scheduler")
     with reading(folder / "sampling.json"):
         return network, network.levels.table[sampling["timesteps"]].tolist(), sampling["base"]
 
@@ -105,11 +132,14 @@ def main():
             "usage: python text_to_image.py export BEST.pt OUT")
     payload = checkpoint.load(sys.argv[2], needs=("network", "sigmas", "ema"))
     require("pipeline" in payload, f"{sys.argv[2]} is of no text to image")
-    network = checkpoint.network_from(payload, source=sys.argv[2])
+    lora = (payload["ema"], payload["made_from"]["teacher"]) if "lora" in payload else None
+    network = build(payload["network"]) if lora else checkpoint.network_from(payload,
+                                                                             source=sys.argv[2])
     if network.text_encoder is not None:
         export_teacher(network, payload["pipeline"], sys.argv[3])
         print(f"{sys.argv[3]}: a pipeline; --teacher {sys.argv[3]} distils it")
         return
     facts = {name: payload[name] for name in ("method", "stage", "iteration") if name in payload}
-    timesteps = export(network, payload["pipeline"], payload["sigmas"], sys.argv[3], facts)
+    facts |= {"LoRA's rank": payload["lora"]} if lora else {}
+    timesteps = export(network, payload["pipeline"], payload["sigmas"], sys.argv[3], facts, lora)
     print(f"{sys.argv[3]}: timesteps {timesteps}; its README.md has the code that samples it")

@@ -1,15 +1,12 @@
 """One way to open any network: a checkpoint of ours, a published name, a file in its format."""
 
-import argparse
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from base import errors
 from base.distributed import from_rank_zero, say
 from base.download import PUBLISHED, cache_folder
 from base.errors import UserError
@@ -19,9 +16,10 @@ from presets.datasets import DATASETS
 from weights.pipeline import Pipeline, load_teacher as load_pipeline_network, name_of
 from weights import checkpoint
 from weights.exported import load_exported
+from weights.lora import student_of
+from weights.students import open_published, tensors_of
 from weights.pretrained import PUBLISHED_NETWORKS, load_network
 
-LARGEST_NUMBER = 10 ** 8         # of images in one command
 TEXT_GUIDANCE = 3.0             # of a text-to-image teacher, as DMD has it
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
 
@@ -80,10 +78,11 @@ class Opened:
         return self.sigmas[:steps]
 
 
-def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None):
+def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None, base=None):
     """A checkpoint of ours, a published name, an EDM or SiD pickle, or a DMD2 state dict; of text
-    to image a pipeline's folder or name, or a folder that text_to_image.py exported."""
-    if opened := open_text(source, dataset):
+    to image a pipeline's folder or name, or a folder that text_to_image.py exported. base: the
+    pipeline of a student, where its file does not say or it has moved."""
+    if opened := open_text(source, dataset, sigmas, base):
         return opened
     if Path(source).is_dir():
         raise UserError(f"{source} is a folder; name a file, such as a run's best.pt, or a "
@@ -93,7 +92,8 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
         if sigmas:
             raise UserError(f"--sigmas: {source} has its own, {payload['sigmas']}; leave out the "
                             "flag")
-        network = checkpoint.network_from(payload, source=source)
+        network = (student_of(payload, base, source) if "lora" in payload else
+                   checkpoint.network_from(payload, source=source))
         levels = tuple(payload["sigmas"])
         path, known = Path(source), payload["dataset"]
     else:
@@ -115,22 +115,38 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
     if dataset and known and dataset != known:
         raise UserError(f"--dataset {dataset}: {source} is of {known}")
     told, known = payload or {}, known or dataset
+    pipeline = told.get("pipeline", "")
+    if base and not pipeline:
+        raise UserError(f"--base {base}: {source} is no text-to-image network")
     names = told.get("class_names") or (DATASETS[known].class_names if known in DATASETS else ())
     return Opened(network, levels, known, path, bool(payload), tuple(names),
-                  told.get("teacher", ""), told.get("pipeline", ""))
+                  told.get("teacher", ""), name_of(base) if base else pipeline)
 
 
-def open_text(source, dataset):
-    """A pipeline, or a student that was exported; None where the source is neither."""
+def open_text(source, dataset, sigmas=None, base=None):
+    """A pipeline, or a student, exported or DMD2's; None where the source is none of these."""
     path = Path(source)
     if (path / "sampling.json").is_file():
-        network, sigmas, base = load_exported(path)
-        return Opened(network, tuple(sigmas), taught_by(base, dataset), path, False, base=base)
+        network, levels, told = load_exported(path, base)
+        return student_of_text(network, levels, base or told, dataset, path)
+    of_text = dataset in DATASETS and "unet" in DATASETS[dataset].network
+    if tensors := tensors_of(path):
+        base = base or of_text and DATASETS[dataset].teacher
+        if not base:
+            raise UserError(f"{source} does not say what it was made from: give --base, its "
+                            "pipeline's folder or name, or --dataset sd15")
+        network, levels = open_published(tensors, path, base, sigmas)
+        return student_of_text(network, levels, base, dataset, path)
     known = taught_by(name_of(source), dataset)
     named = not path.exists() and known in DATASETS and "unet" in DATASETS[known].network
     if named or (path / "model_index.json").is_file():
         return open_pipeline(source, known)
     return None
+
+
+def student_of_text(network, sigmas, base, dataset, path):
+    base = name_of(base)
+    return Opened(network, tuple(sigmas), taught_by(base, dataset), path, False, base=base)
 
 
 def taught_by(base, dataset):
@@ -209,7 +225,8 @@ def open_student(args, steps=0):
     source, why = args.checkpoint, "--checkpoint"
     if not source:
         source, why = default_student(steps, args.dataset, args.runs)
-    opened = open_network(source, sigmas=args.sigmas, dataset=args.dataset, cache=args.cache)
+    opened = open_network(source, sigmas=args.sigmas, dataset=args.dataset, cache=args.cache,
+                          base=args.base)
     say(f"{opened.name} ({why})")
     return opened
 
@@ -250,66 +267,3 @@ def teacher_of(student):
 
 def steps_text(n):
     return f"{n} step{'s' * (n > 1)}"
-
-
-# ---- Flags that sample.py and evaluate.py share ----
-
-class Parser(errors.Parser):
-    """The flags that both scripts have."""
-
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def add_shared(self):
-        what = self.add_argument_group("which network")
-        what.add_argument("--checkpoint", metavar="FILE",
-                          help="a checkpoint of train.py, a published name such as "
-                               "edm-cifar10-32x32-cond-vp, an EDM or SiD .pkl, or DMD2's "
-                               "pytorch_model.bin (default: the newest student under --runs, else "
-                               "the embedded one)")
-        what.add_argument("--teacher", metavar="FILE", nargs="?", const=True,
-                          help="sample a teacher by Heun's method: FILE, else --checkpoint, else "
-                               "the dataset's own")
-        what.add_argument("--sigmas", type=float, nargs="+", metavar="S",
-                          help="noise level of each step, for a published student (default: 2.5 "
-                               "for a .pkl, as SiD's; 80 for a .bin, as DMD2's)")
-        what.add_argument("--guidance", type=float, metavar="W",
-                          help="classifier-free guidance of a teacher (default: 3 with prompts, "
-                               "or 1)")
-        what.add_argument("--dataset", metavar="NAME",
-                          help="choose the run, the teacher and the reference by it: "
-                               f"{', '.join(DATASETS)}, or that of a run of your own")
-        what.add_argument("--runs", default="runs", help="folder of runs (default: runs)")
-        what.add_argument("--churn", type=float, nargs="+", default=[0.0], metavar="S",
-                          help="noise that a teacher's sampler adds (EDM Alg. 2): S_churn, or "
-                               "S_churn S_tmin S_tmax S_noise, on ImageNet-64 40 0.05 50 1.003")
-        how = self.add_argument_group("how it is computed")
-        how.add_argument("--device", choices=("cpu", "cuda"),
-                         help="default: cuda where there is one")
-        how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                         help="default: fp32; the others use a GPU's tensor cores and move figures "
-                              "a little")
-        how.add_argument("--compile", action="store_true",
-                         help="torch.compile the network: worth it for thousands of images")
-        how.add_argument("--cache", help="folder of downloaded files (default: $PMDD_CACHE or "
-                                         "~/.cache/pmdd)")
-        how.add_argument("--force", action="store_true", help="replace an output that exists")
-
-
-def check_sigmas(sigmas):
-    if sigmas and not all(a > b > 0 for a, b in zip([float("inf"), *sigmas], sigmas)):
-        raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: must fall from step to step and "
-                        "stay above 0")
-
-
-def check_guidance(weight):
-    if weight is not None and not 0 <= weight < math.inf:
-        raise UserError(f"--guidance {weight}: must be 0 or more")
-
-
-def churn_options(values):
-    """--churn as sample_heun takes it."""
-    if len(values) not in (1, 4) or not all(0 <= value < float("inf") for value in values):
-        raise UserError(f"--churn {' '.join(map(str, values))}: wanted: one number, or four, "
-                        "S_churn S_tmin S_tmax S_noise, none below 0")
-    return dict(zip(("churn", "churn_min", "churn_max", "churn_noise"), values))

@@ -80,19 +80,24 @@ def weight_files(folder, name):
     return files
 
 
-def load_unet(folder, scheduler_folder):
-    """A denoiser, fp32, of a U-Net and its scheduler's noise levels."""
-    files, load_file = weight_files(folder, WEIGHTS), library("safetensors.torch").load_file
+def configuration(folder, scheduler_folder):
+    """Of the denoiser that a U-Net is, with its scheduler's noise levels."""
     unet = read_json(folder / "config.json")
     scheduler = read_json(scheduler_folder / "scheduler_config.json")
     with reading(scheduler_folder):
         odd = [name for name in ("trained_betas", "rescale_betas_zero_snr") if scheduler.get(name)]
         require(not odd, f"the noise schedule has {', '.join(odd)}; allowed: betas alone")
         schedule = {name: scheduler[name] for name in BETAS}
+    return dict(unet={k: v for k, v in unet.items() if not k.startswith("_")},
+                prediction_type=scheduler.get("prediction_type", "epsilon"), schedule=schedule)
+
+
+def load_unet(folder, scheduler_folder):
+    """A denoiser, fp32."""
+    files, load_file = weight_files(folder, WEIGHTS), library("safetensors.torch").load_file
+    config = configuration(folder, scheduler_folder)
     with reading(folder):
-        network = build(dict(unet={k: v for k, v in unet.items() if not k.startswith("_")},
-                             prediction_type=scheduler.get("prediction_type", "epsilon"),
-                             schedule=schedule))
+        network = build(config)
         state = {name: value.float() for file in files for name, value in load_file(file).items()}
         network.unet.load_state_dict(state, strict=True, assign=True)
     return network
@@ -103,6 +108,13 @@ def load_teacher(source):
     folder = locate(source, "unet")
     read_index(folder)
     return load_unet(folder / "unet", folder / "scheduler")
+
+
+def teacher_configuration(source):
+    """Of that network, without its weights."""
+    folder = locate(source, "scheduler")
+    read_index(folder)
+    return configuration(folder / "unet", folder / "scheduler")
 
 
 def load_frozen(kind, folder, name, **options):

@@ -1,0 +1,47 @@
+"""DMD2's published students of text to image: a U-Net's file or a LoRA's, for its base pipeline."""
+
+import zipfile
+from pathlib import Path
+
+import torch
+
+from base.distributed import say
+from base.files import check_unpacked, shown
+from text_to_image import library, reading
+from weights.checkpoint import build_network
+from weights.lora import merge, parts_in
+from weights.pipeline import load_teacher, teacher_configuration
+
+PUBLISHED = {"sd": [999], "xl": [999, 749, 499, 249], "xl-1step": [399]}       # timesteps
+
+
+def tensors_of(path):
+    """The tensors of a safetensors or .bin file, if they are a U-Net's under diffusers' names or a
+    LoRA's; None of any other file."""
+    path, tensors = Path(path), {}
+    with reading(path):
+        if path.suffix == ".safetensors" and path.is_file():
+            tensors = library("safetensors.torch").load_file(path)
+        elif path.suffix == ".bin" and zipfile.is_zipfile(path):
+            check_unpacked(path)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            tensors = found if isinstance(found, dict) else {}
+    ours = path.suffix == ".safetensors" or "conv_in.weight" in tensors
+    return tensors if ours else None
+
+
+def open_published(tensors, path, base, sigmas):
+    """(network, sigmas); the noise levels are DMD2's, unless they are given."""
+    if "conv_in.weight" in tensors:
+        network = build_network(teacher_configuration(base), {
+            f"unet.{name}": value for name, value in tensors.items()}, path).eval()
+    else:
+        network = merge(load_teacher(base), parts_in(tensors, path), path)
+    if sigmas:
+        return network, sigmas
+    kind = "sd" if not any(network.y_rest) else (
+        "xl-1step" if "1step" in str(path) else "xl")           # so are files and folders named
+    timesteps = PUBLISHED[kind]
+    say(f"{shown(path)} does not say its timesteps: taken for DMD2's, {timesteps}; --sigmas gives "
+        "others")
+    return network, network.levels.table[timesteps].tolist()
