@@ -97,9 +97,8 @@ def parallel(module):
 
 def sync_gradients(module, last):
     """Forward and backward under this: gradients are summed over ranks at the last part only."""
-    if last or not isinstance(module, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return module.no_sync()
+    adds_up = isinstance(module, DistributedDataParallel) and not last
+    return module.no_sync() if adds_up else contextlib.nullcontext()
 
 
 def any_rank(flag, device):

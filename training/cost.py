@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from images.real import Images
 from metrics.judge import HEUN_STEPS
 from models import Conditions, Guided
-from training.draws import Sources, cut, draw, steps_trained
+from training.draws import Sources, draw, steps_trained
 from training.kept import Rows
 from training.roles import Roles, assemble, store_frozen, trainable
 from weights.checkpoint import untrained
@@ -128,7 +128,7 @@ class Rehearsal:
     def run(self, step, optimizers, world_size=1, batch_per_gpu=1, parts=1, autocast=nullcontext):
         """The passes of this iteration, of a few of a rank's parts."""
         share = SimpleNamespace(world_size=world_size, batch_per_gpu=batch_per_gpu)
-        every_part = cut(draw(self.config, step, self.sources), self.config, self.sources, share)
+        every_part = draw(self.config, step, self.sources, share)
         self.passes = []
         self.iterate(self.config, self.roles, optimizers, every_part[:parts],
                      step % self.config.ttur == 0, autocast)
