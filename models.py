@@ -45,9 +45,7 @@ class Levels(NamedTuple):
 
 
 def karras(fraction):
-    """EDM Eq. 5 from sigma_min (0) to sigma_max (1), which a plain 1 gives without rounding."""
-    if isinstance(fraction, (int, float)) and fraction == 1:
-        return SIGMA_MAX
+    """EDM Eq. 5 from sigma_min (0) to sigma_max (1)."""
     low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
     return (low + fraction * (high - low)) ** RHO
 
@@ -62,9 +60,7 @@ def sigma_grid(levels, batch, generator, low=0.0, high=1.0):
                                device=table.device)].float()
 
 
-def sigma_dm(levels, batch, generator):
-    """DMD Eq. 7: the middle of the levels, 2 % to 98 %."""
-    return sigma_grid(levels, batch, generator, low=0.02, high=0.98)
+sigma_dm = partial(sigma_grid, low=0.02, high=0.98)     # DMD Eq. 7: the middle of the levels
 
 
 def sigma_sid(levels, batch, generator):
@@ -79,10 +75,6 @@ def sigma_lognormal(levels, batch, generator, mean=-1.2, std=1.2):
     return (mean + std * normal).exp()
 
 
-def sigma_trained(levels, *drawn):
-    return levels.trained(levels, *drawn)       # as the teacher: SiD's adapted network, stage 0
-
-
 # The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
 KARRAS = Levels(karras(torch.arange(1000, dtype=torch.float64) / 999), karras, lambda sigma: sigma,
                 sigma_lognormal)
@@ -94,14 +86,14 @@ class StudentLoss(NamedTuple):
     """A row of the table that --loss chooses from."""
     of: Callable            # config -> loss(x0, sigma, eps, y, *, teacher, adapted); None: no such
     student_noise: Callable     # at which noise it compares the denoisers (Deviation 5)
-    adapted_noise: Callable     # at which noise the adapted network learns beside it
+    adapted_noise: Callable | None      # at which the adapted network learns; None: as the teacher
 
 
 LOSSES = {
     "dm": StudentLoss(lambda config: partial(dm_loss, weighting=config.dm_weighting),
                       sigma_dm, sigma_grid),
     "sid": StudentLoss(lambda config: partial(sid_loss, alpha=config.alpha),
-                       sigma_sid, sigma_trained),
+                       sigma_sid, None),
     "none": StudentLoss(lambda config: None, sigma_dm, sigma_grid)}     # the extra terms alone
 
 
@@ -291,10 +283,9 @@ class AdaptedWithHead(nn.Module):
         return [*self.network.blocks, *self.head.layers[::3]]      # its convolutions
 
     def forward(self, x_t, sigma, y, output="denoised"):
-        if output == "denoised":
-            return self.network(x_t, sigma, y)
-        # "logits", whose losses are in fp32 even under autocast
-        return self.head(self.network(x_t, sigma, y, output="encoder")).float()
+        if output == "logits":                          # whose losses are fp32 under autocast too
+            return self.head(self.network(x_t, sigma, y, output="encoder")).float()
+        return self.network(x_t, sigma, y)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from losses import (denoising_loss, edm_loss, gan_adapted_loss, gan_student_loss
 from metrics.judge import Scorer, perceptual_distance, tell_of_no_reference
 from models import LOSSES, denoise_together, level, roll_out, update_ema
 from training.cost import report
-from training.draws import Sources, cut, draw
+from training.draws import Sources, draw
 from training.latents import latents_of
 from training.log import Log, StopSignal
 from training.noise_pairs import noise_image_pairs
@@ -63,8 +63,7 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                                                     teacher=roles.teacher, adapted=adapted)
                 if unforget:                            # PMDD Eq. 9, last term
                     if source is not previous:
-                        with torch.no_grad():
-                            targets = denoise_together(previous, inputs[:-1], sigmas[:-1], part.y)
+                        targets = denoise_together(previous, inputs[:-1], sigmas[:-1], part.y)
                     terms["unforget"] = config.unforget_weight * unforget_loss(earlier, targets)
                 if config.gan_weight:                   # DMD2 Eq. 4
                     terms["gan"] = config.gan_weight * gan_student_loss(
@@ -219,7 +218,7 @@ def distill(config, options, device, stop):
 
     for step in range(start, config.iterations):
         set_rate(config, step, optimizers)
-        parts = cut(draw(config, step, sources), config, sources, options)
+        parts = draw(config, step, sources, options)
         losses, images = iterate(config, roles, optimizers, parts, step % config.ttur == 0,
                                  autocast)
         log.take(step, losses, images)

@@ -101,9 +101,8 @@ def sync_gradients(module, last):
     """Forward and backward under this: gradients are summed over ranks at the last part only."""
     if sharded(module):
         module.set_requires_gradient_sync(last)
-    if last or not isinstance(module, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return module.no_sync()
+    adds_up = isinstance(module, DistributedDataParallel) and not last
+    return module.no_sync() if adds_up else contextlib.nullcontext()
 
 
 def shard(module, device, on_host=False):

@@ -35,7 +35,7 @@ from experiments.bench_files import make_job
 from experiments.bench_sampling import random_inputs, sampling, scoring, seconds_of, spread
 from metrics.lpips import LPIPS
 from training import cost, options as train_options, plan, rehearsal
-from training.draws import cut, draw, steps_trained
+from training.draws import draw, steps_trained
 from training.log import Log
 from training.roles import load_roles
 
@@ -68,7 +68,7 @@ class Loop:
     def run(self, step):
         config, options = self.job.config, self.job.options
         train.set_rate(config, step, self.optimizers)
-        parts = cut(draw(config, step, self.sources), config, self.sources, options)
+        parts = draw(config, step, self.sources, options)
         losses, images = self.iterate(config, self.roles, self.optimizers, parts,
                                       step % config.ttur == 0, self.autocast)
         self.log.take(step, losses, images)

@@ -37,9 +37,10 @@ def main():
                                   fused=True)
 
     def loss(network, chosen, rng):
-        sigma = sigma_lognormal(len(chosen), rng)
+        sigma = sigma_lognormal(network.levels, len(chosen), rng)
         eps = torch.randn(x[chosen].shape, generator=rng)
-        return edm_loss(x[chosen], sigma, eps, y[chosen], teacher=network)
+        return edm_loss(x[chosen], sigma, eps, y[chosen], teacher=network,
+                        sigma_data=network.sigma_data)
 
     def mean_loss(chosen):
         rng = torch.Generator().manual_seed(5)

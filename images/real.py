@@ -26,23 +26,31 @@ CIFAR10_SHAPE, CIFAR10_RECORD = (3, 32, 32), 1 + 3 * 32 * 32
 LARGEST_FILE, LARGEST_IMAGE = 1 << 28, 1 << 24      # bytes, pixels: what is above is a bomb
 
 
-class Images:
+class ByNumber:
+    """`count` rows of arrays, the last of them what the row is of."""
+
+    conditions = None                       # the network's own
+
+    def __len__(self):
+        return self.count
+
+    def take(self, numbers):
+        """A tensor of each array of row(number)."""
+        return tuple(torch.from_numpy(np.stack(rows)) for rows in zip(*map(self.row, numbers)))
+
+
+class Images(ByNumber):
     """uint8 images [C,H,W] with classes; `read(index)` gives one image of a folder or zip."""
 
-    conditions, to_x = None, staticmethod(from_uint8)       # the network's own; pixels -> x
+    to_x = staticmethod(from_uint8)
 
     def __init__(self, name, shape, labels, read, classes, class_names=()):
         self.class_names = tuple(class_names)
         self.name, self.shape, self.labels, self.read = name, shape, labels, read
-        self.classes = classes              # how many; 0: none
+        self.count, self.classes = len(labels), classes         # 0 classes: none, zeros as labels
 
-    def __len__(self):
-        return len(self.labels)
-
-    def take(self, indices):
-        """uint8 [B,C,H,W] and classes int64 [B] (zeros where there are none)."""
-        pixels = np.stack([self.read(int(i)) for i in indices])
-        return torch.from_numpy(pixels), torch.from_numpy(self.labels[np.asarray(indices)])
+    def row(self, number):
+        return self.read(int(number)), self.labels[number]
 
     def batches(self, size):
         for start in range(0, len(self), size):

@@ -15,7 +15,7 @@ from experiments.bench_files import make_job
 from helpers import call
 from presets.datasets import CIFAR10, DATASETS, DIGITS
 from training import cost, options, plan, rehearsal
-from training.draws import cut, draw, steps_trained
+from training.draws import draw, steps_trained
 
 SMALL = DIGITS.network | {"model_channels": 8}
 DEVICE = torch.device("cpu")
@@ -223,7 +223,7 @@ def test_the_plan_draws_what_an_iteration_draws(argv, tmp_path):
     loop = bench.Loop(here, 1)
     loop.log.bar.close()
     rehearsed = rehearsal.Rehearsal(loop.iterate, here.config, SMALL)
-    parts = [cut(draw(here.config, 0, sources), here.config, sources, here.options)
+    parts = [draw(here.config, 0, sources, here.options)
              for sources in (loop.sources, rehearsed.sources)]
     shapes = [{name: (tuple(x.shape), x.dtype) for name, x in vars(part).items()
                if torch.is_tensor(x) and not name.endswith("index")} for (part,) in parts]

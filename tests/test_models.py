@@ -13,10 +13,10 @@ from helpers import small_network
 from models import (KARRAS, LOSSES, AdaptedWithHead, Conditions, GANHead, Guided, Levels,
                     classes_as_conditions, denoise_together, from_uint8, karras, level, roll_out,
                     sample_every_step, sample_heun, sample_seeds, sample_student, sigma_dm,
-                    sigma_grid, sigma_lognormal, sigma_sid, sigma_trained, to_uint8, update_ema)
+                    sigma_grid, sigma_lognormal, sigma_sid, to_uint8, update_ema)
 from presets.datasets import EQUAL_WIDTH_SIGMAS, PMDD_SIGMAS
 
-SAMPLERS = (sigma_grid, sigma_dm, sigma_sid, sigma_lognormal, sigma_trained)
+SAMPLERS = (sigma_grid, sigma_dm, sigma_sid, sigma_lognormal)
 SIGMAS = PMDD_SIGMAS
 
 # Of a network trained in variance-preserving form on 200 levels: sigma from 0.01 to about 10, its
@@ -117,14 +117,13 @@ def test_edms_levels_are_log_normal(options, mean, std):
     assert moments[:2] == pytest.approx([0, 1], abs=0.02)
 
 
-def test_the_noise_that_a_network_was_trained_with_is_its_own():
-    for levels, sampler in ((KARRAS, sigma_lognormal), (VP, sigma_grid)):
-        assert torch.equal(sigma_trained(levels, 50, seeded(3)), sampler(levels, 50, seeded(3)))
+def test_edms_networks_were_trained_with_its_log_normal_noise():
+    assert KARRAS.trained is sigma_lognormal
 
 
 def test_each_loss_has_the_noise_of_its_paper():
     noise = {name: (loss.student_noise, loss.adapted_noise) for name, loss in LOSSES.items()}
-    assert noise == {"dm": (sigma_dm, sigma_grid), "sid": (sigma_sid, sigma_trained),
+    assert noise == {"dm": (sigma_dm, sigma_grid), "sid": (sigma_sid, None),
                      "none": (sigma_dm, sigma_grid)}
 
 

@@ -33,6 +33,7 @@ from metrics import judge, lpips
 from metrics.evaluations import read_records
 from metrics.inception import Inception
 from training import cost, log, plan
+from training.log import StopSignal
 from training.options import parse
 from training.roles import Roles, trainable
 from training.run_folder import read_metrics
@@ -440,6 +441,16 @@ def test_a_command_takes_a_list_and_gives_the_signal_handlers_back(stage0, said)
     assert codes == [0] and seen == [handlers[signal.SIGTERM]]
     assert {n: signal.getsignal(n) for n in handlers} == handlers
     assert run_list(sample, "--checkpoint", "listed/stage1/best.pt", "--n", 2) == 0
+
+
+def test_a_signal_that_is_handled_outside_python_stays_so(monkeypatch):
+    known, set_anew = signal.getsignal, []
+    monkeypatch.setattr(signal, "getsignal", lambda number: (
+        None if number == signal.SIGUSR1 else known(number)))
+    monkeypatch.setattr(signal, "signal", lambda *pair: set_anew.append(pair) or known(pair[0]))
+    StopSignal().restore()
+    numbers = [number for number, _ in set_anew]
+    assert numbers.count(signal.SIGTERM) == 2 and signal.SIGUSR1 not in numbers
 
 
 def test_a_student_of_classes_is_a_callable(stage0, tmp_path):

@@ -42,7 +42,7 @@ from metrics.lpips import LPIPS
 from models import Conditions, Guided, level, sample_heun, sample_seeds, sample_student
 from weights.pipeline import Pipeline, load_teacher
 from training import cost, log, plan
-from training.draws import Sources, cut, draw
+from training.draws import Sources, draw
 from training.options import parse
 from training.roles import Roles, load_roles
 from training.run_folder import read_metrics
@@ -252,11 +252,11 @@ def roles_of(here, monkeypatch, *argv):
 def test_each_image_of_a_batch_is_of_its_own_prompt(here, monkeypatch):
     roles, stage = roles_of(here, monkeypatch, "--stage", 1, "--batch", 6, "--batch-per-gpu", 3)
     network = roles.opened.network
-    sources = Sources(network.shape, network.levels, network.conditions)
-    drawn = draw(stage.config, 7, sources)
-    parts = cut(drawn, stage.config, sources, stage.options)
-    expected = Pipeline(here / "pipeline").embed([PROMPTS[i] for i in drawn["index"]])
-    assert len(parts) == 2 and len(drawn["index"].unique()) > 2
+    known, asked = network.conditions, []
+    seen = known._replace(embed=lambda index: asked.extend(index.tolist()) or known.embed(index))
+    parts = draw(stage.config, 7, Sources(network.shape, network.levels, seen), stage.options)
+    expected = Pipeline(here / "pipeline").embed([PROMPTS[i] for i in asked])
+    assert len(parts) == 2 and len(set(asked)) > 2
     assert torch.allclose(torch.cat([part.y for part in parts]), expected, atol=1e-5)
 
 
@@ -500,7 +500,7 @@ def test_a_one_step_student_of_a_mixtures_epsilon_network_becomes_the_mixture(he
     whole = SimpleNamespace(world_size=1, batch_per_gpu=config.batch)
     for step in range(config.iterations):
         train.set_rate(config, step, optimizers)
-        parts = cut(draw(config, step, sources), config, sources, whole)
+        parts = draw(config, step, sources, whole)
         train.iteration(config, roles, optimizers, parts, step % config.ttur == 0)
     for network in (student, adapted):
         assert (network.means - MEANS).abs().max() < 0.1

@@ -29,7 +29,7 @@ from images import real
 from losses import denoising_loss, dm_loss, edm_loss
 from models import denoise_together, roll_out
 from training import log, run_folder
-from training.draws import Sources, cut, draw
+from training.draws import Sources, draw
 from training.kept import Rows
 from training.options import parse
 from training.roles import Roles, assemble, load_roles, trainable
@@ -307,13 +307,16 @@ def same_tensors(a, b):
 
 @pytest.mark.parametrize("argv", [["--stage", "2"], ["--method", "dmd2"], ["--stage", "0"]])
 def test_an_iteration_draws_from_its_seed_and_number_alone(argv):
-    config, _, sources, _ = networks(argv)
-    once = draw(config, 10, sources)                        # the student's turn, as 20 is
-    draw(config, 11, sources)
+    config, _, sources, options = networks(argv)
+
+    def drawn(step, config=config):
+        return vars(*draw(config, step, sources, options))
+
+    once = drawn(10)                                        # the student's turn, as 20 is
+    drawn(11)
     torch.manual_seed(9)
-    assert same_tensors(once, draw(config, 10, sources))
-    for other in (draw(config, 20, sources),
-                  draw(dataclasses.replace(config, seed=1), 10, sources)):
+    assert same_tensors(once, drawn(10))
+    for other in drawn(20), drawn(10, dataclasses.replace(config, seed=1)):
         assert not any(torch.equal(value, other[name]) for name, value in once.items()
                        if torch.is_tensor(value) and value.is_floating_point() and value.numel())
 
@@ -323,13 +326,12 @@ def test_an_iteration_draws_from_its_seed_and_number_alone(argv):
 def test_the_parts_of_all_processes_are_the_batch_in_its_order(
         argv, processes, batch_per_gpu, monkeypatch):
     config, _, sources, options = networks([*argv, "--batch", "8"])
-    drawn = draw(config, 0, sources)
-    (whole,) = cut(drawn, config, sources, options)
+    (whole,) = draw(config, 0, sources, options)
     share = dataclasses.replace(options, world_size=processes, batch_per_gpu=batch_per_gpu)
     parts = []
     for rank in range(processes):
         monkeypatch.setattr(train.distributed, "rank", lambda rank=rank: rank)
-        parts += cut(drawn, config, sources, share)
+        parts += draw(config, 0, sources, share)
     assert len(parts) == 8 // batch_per_gpu
     for name, value in vars(whole).items():
         joined = [getattr(part, name) for part in parts]
@@ -337,6 +339,15 @@ def test_the_parts_of_all_processes_are_the_batch_in_its_order(
             assert torch.equal(torch.cat(joined), value), name
         else:
             assert set(joined) == {value}, name
+
+
+@pytest.mark.parametrize("argv, name", [(["--method", "sid"], "sigma_adapted"),
+                                        (["--stage", "0"], "sigma")])
+def test_what_learns_as_the_teacher_did_has_the_noise_that_it_had(argv, name):
+    config, _, sources, options = networks(argv)
+    trained = sources.levels._replace(trained=lambda levels, B, rng: torch.full((B, 1, 1, 1), 7.0))
+    (part,) = draw(config, 0, sources._replace(levels=trained), options)
+    assert (getattr(part, name) == 7).all()
 
 
 # ---- The algorithm ----
@@ -468,7 +479,7 @@ def networks(method_flags, **changes):
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5])
 def test_the_denoising_loss_has_the_networks_own_sigma_data(sigma_data):
     config, roles, sources, options = networks(["--stage", "2"], sigma_data=sigma_data)
-    (part,) = cut(draw(config, 1, sources), config, sources, options)       # not the student's turn
+    (part,) = draw(config, 1, sources, options)       # not the student's turn
     adapted = copy.deepcopy(roles.adapted)
     losses, images = train.iteration(config, roles, train.make_optimizers(config, roles, CPU),
                                      [part], student_turn=False)
@@ -486,7 +497,7 @@ def test_the_denoising_loss_has_the_networks_own_sigma_data(sigma_data):
 @pytest.mark.parametrize("sigma_data", [1.0, 0.5])
 def test_a_teacher_in_training_has_its_own_sigma_data_too(sigma_data):
     config, roles, sources, options = networks(["--stage", "0"], sigma_data=sigma_data)
-    (part,) = cut(draw(config, 0, sources), config, sources, options)
+    (part,) = draw(config, 0, sources, options)
     before = copy.deepcopy(roles.student)
     losses, _ = train.teacher_iteration(config, roles, train.make_optimizers(config, roles, CPU),
                                         [part], student_turn=True)
@@ -501,7 +512,7 @@ def test_a_guided_teacher_is_followed_to_where_it_points():
     for weight in ("1", "3"):
         config, roles, sources, options = networks(
             ["--stage", "1", "--loss", "dm", "--guidance", weight])
-        (part,) = cut(draw(config, 0, sources), config, sources, options)
+        (part,) = draw(config, 0, sources, options)
         bare, x0 = copy.deepcopy(roles.adapted), roles.student(80 * part.z, 80.0, part.y).detach()
 
         def guided(x_t, sigma, y, bare=bare, weight=float(weight)):
@@ -594,7 +605,7 @@ TERMS = ["--gan-weight", "0.003", "--regression-weight", "0.25", "--regression-p
 
 
 @pytest.mark.parametrize("more, most", [
-    (["--loss", "sid"], 200), (["--loss", "sid", *TERMS], 270), (["--loss", "dm", *TERMS], 260)],
+    (["--loss", "sid"], 200), (["--loss", "sid", *TERMS], 240), (["--loss", "dm", *TERMS], 240)],
     ids=["PMDD", "every term, sid", "every term, dm"])
 def test_one_iteration_can_be_followed_in_few_lines(more, most):
     config, roles, sources, options = networks(["--stage", "2", *more])
@@ -605,7 +616,7 @@ def test_one_iteration_can_be_followed_in_few_lines(more, most):
     optimizers, logged = train.make_optimizers(config, roles, CPU), {}
 
     def one_iteration():
-        parts = cut(draw(config, 0, sources), config, sources, options)
+        parts = draw(config, 0, sources, options)
         logged.update(train.iteration(config, roles, optimizers, parts, student_turn=True)[0])
 
     count, listed = reading_cost(one_iteration)

@@ -10,21 +10,19 @@ from base import distributed
 from base.errors import RunFailed, UserError
 from base.files import file_digest, read_json, write_atomically, write_json
 from base.progress import progress
+from images.real import ByNumber
 
 
-class Rows:
+class Rows(ByNumber):
     """The parts' .npy files, mapped: what is not looked at costs no memory."""
 
+    to_x = staticmethod(torch.Tensor.float)
+
     def __init__(self, parts, size):
-        self.parts, self.size = parts, size
+        self.parts, self.size, self.count = parts, size, sum(map(len, parts))
 
-    def __len__(self):
-        return sum(map(len, self.parts))
-
-    def take(self, indices):
-        """A tensor of each field."""
-        rows = np.stack([self.parts[i // self.size][i % self.size] for i in indices])
-        return tuple(torch.from_numpy(rows[name].copy()) for name in rows.dtype.names)
+    def row(self, number):
+        return self.parts[number // self.size][number % self.size]
 
 
 def made_once(folder, about, count, size, make, text, stop):

@@ -7,25 +7,20 @@ import torch
 
 from base.errors import UserError
 from images.captioned import open_captioned
-from training.kept import made_once
+from training.kept import Rows, made_once
 
 PART = 256                      # images that an interruption can cost
 
 
-class Latents:
-    """Like images.real.Images, but for what its rows and their conditions are."""
-
-    to_x = staticmethod(torch.Tensor.float)
+class Latents(Rows):
+    """float16 [C,H,W], each of the caption of its number."""
 
     def __init__(self, rows, conditions):
-        self.rows, self.conditions = rows, conditions
+        super().__init__(rows.parts, rows.size)
+        self.conditions = conditions
 
-    def __len__(self):
-        return len(self.rows)
-
-    def take(self, indices):
-        """Latents [B,C,H,W] float16, and the captions' numbers."""
-        return self.rows.take(indices)[0], torch.tensor(indices)
+    def row(self, number):
+        return super().row(number)[0], number
 
 
 def latents_of(source, pipeline, network, folder, device, stop):

@@ -92,14 +92,16 @@ class StopSignal:
     """A signal asks the loop to finish its iteration, save and leave with exit code 3.
 
     SIGTERM, SIGUSR1 (a batch system's, before its time limit), Ctrl-C, and a terminal that is
-    closed (unless nohup has it ignored). In a thread of somebody's program nothing is caught.
+    closed (unless nohup has it ignored). In a thread of somebody's program nothing is caught, nor
+    a signal whose handler is not Python's: it could not be given back.
     """
 
     def __init__(self):
         self.received, self.before = None, {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, *INTERRUPTING):
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                before = signal.getsignal(number)
+                if before is not None and (number, before) != (signal.SIGHUP, signal.SIG_IGN):
                     self.before[number] = signal.signal(number, self.receive)
 
     def restore(self):

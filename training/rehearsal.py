@@ -12,7 +12,7 @@ import torch
 from base.devices import recompute
 from images.real import Images
 from models import Conditions, Guided
-from training.draws import Sources, cut, draw
+from training.draws import Sources, draw
 from training.kept import Rows
 from training.roles import Roles, assemble, bare, store_frozen, trainable
 from weights.checkpoint import untrained
@@ -114,7 +114,7 @@ class Rehearsal:
     def run(self, step, optimizers, world_size=1, batch_per_gpu=1, parts=1, autocast=nullcontext):
         """The passes of this iteration, of a few of a rank's parts."""
         share = SimpleNamespace(world_size=world_size, batch_per_gpu=batch_per_gpu)
-        every_part = cut(draw(self.config, step, self.sources), self.config, self.sources, share)
+        every_part = draw(self.config, step, self.sources, share)
         self.passes = []
 
         def entered():
