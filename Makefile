@@ -6,7 +6,7 @@ DEMO_TRAIN = .venv/bin/python train.py --folder $(DEMO) --evaluate-images 2000
 EMBEDDED = runs/embedded
 EXPORT = .venv/bin/python -m experiments.make_assets export
 
-.PHONY: demo test soak lint assets bench clean
+.PHONY: demo demo-text test soak lint assets bench clean
 
 demo: .venv/curves
 	$(DEMO_TRAIN) --stage 1 --iterations 2000 --evaluate-every 500
@@ -16,6 +16,16 @@ demo: .venv/curves
 		--n 5000 --out $(DEMO)/evaluation.json
 	.venv/bin/python sample.py --checkpoint $(DEMO)/stage3/best.pt --compare --n 10 --force \
 		--out $(DEMO)/compare.png
+
+# Emoji from captions: a little less than the presets.
+DEMO_TEXT = runs/demo-text
+DEMO_TEXT_TRAIN = .venv/bin/python train.py --dataset emoji --folder $(DEMO_TEXT) --evaluate-images 500
+demo-text: .venv/text .venv/curves
+	$(DEMO_TEXT_TRAIN) --stage 1 --iterations 800
+	$(DEMO_TEXT_TRAIN) --stage 2 --iterations 300 --evaluate-every 300
+	$(DEMO_TEXT_TRAIN) --stage 3 --iterations 300 --evaluate-every 300
+	.venv/bin/python sample.py --checkpoint $(DEMO_TEXT)/stage3/best.pt --compare --force \
+		--out $(DEMO_TEXT)/compare.png
 
 test: .venv/dev
 	.venv/bin/python -m pytest -q tests
@@ -64,6 +74,10 @@ bench: .venv/run
 
 .venv/run: requirements.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/text: requirements-text.txt .venv/run
+	.venv/bin/python -m pip install --quiet -r requirements-text.txt
 	touch $@
 
 # What draws the curves of a run; nothing needs it.

@@ -6,6 +6,8 @@
     python train.py --dataset emoji --stage 0 --teacher runs/emoji/start --folder runs/emoji
     python -m experiments.make_emoji decoder     the autoencoder's decoder alone, at the same time
     python -m experiments.make_emoji pipeline    all of them in assets/emoji/pipeline
+    python train.py --dataset emoji              its student, in stages 1, 2, 3
+    python -m experiments.make_emoji student     the last of them in assets/emoji/student
 """
 
 import json
@@ -26,10 +28,11 @@ from models import from_uint8
 from presets.datasets import DATASETS
 from text_to_image import TextDenoiser
 from weights.checkpoint import SAMPLED, load, network_from
+from weights.exported import export
 
 WORK = Path("runs/emoji")                   # what is half done
 START, STAGE0 = WORK / "start", WORK / "stage0" / "best.pt"
-PIPELINE = emoji.GLYPHS.with_name("pipeline")
+PIPELINE, STUDENT = (emoji.GLYPHS.with_name(name) for name in ("pipeline", "student"))
 
 # ---- Training ----
 
@@ -126,7 +129,7 @@ def make_vae(iterations=2500, batch=32):
     train("vae", [vae], 2e-3, iterations, joint)
 
 
-def make_decoder(iterations=1500, batch=32):
+def make_decoder(iterations=2500, batch=32):
     """The decoder alone on latents that stay, with a little noise, as a U-Net's have."""
     vae = load_vae().to(memory_format=torch.channels_last)
     trained = [vae.decoder, vae.post_quant_conv]
@@ -209,6 +212,15 @@ def make_pipeline():
           f"{PIPELINE}")
 
 
+def make_student():
+    """The three-step student that `train.py --dataset emoji` left, in half precision."""
+    payload = load(Path("runs") / "emoji-pmdd" / "stage3" / "best.pt", needs=SAMPLED)
+    network = network_from(payload)
+    network.unet.half()
+    facts = {name: payload[name] for name in ("method", "stage", "iteration")}
+    print(export(network, payload["pipeline"], payload["sigmas"], STUDENT, facts))
+
+
 def save(folder, vae, text_encoder, tokenizer, network, dtype=torch.float32):
     """As diffusers loads them."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -225,7 +237,7 @@ def save(folder, vae, text_encoder, tokenizer, network, dtype=torch.float32):
 
 
 PARTS = {"glyphs": make_glyphs, "vae": make_vae, "start": make_start, "decoder": make_decoder,
-         "pipeline": make_pipeline}
+         "pipeline": make_pipeline, "student": make_student}
 
 
 def main():

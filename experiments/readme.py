@@ -14,6 +14,8 @@ from base.files import ROOT, write_atomically
 from experiments import digits_tables as tables, speed_tables
 from experiments.recorded_runs import markdown
 from experiments.speed_tables import result
+from images.captioned import KINDS
+from metrics.emoji_judge import load_emoji_network
 from metrics.evaluations import cell, records_under, table
 from presets.rows import PRESETS
 
@@ -138,6 +140,23 @@ def summary():
     return markdown(["", "digits-FID", "right class"], rows)
 
 
+def emoji_judge():
+    """What its training recorded of it on fresh real pictures."""
+    shares = load_emoji_network().accuracy
+    return markdown(list(shares), [[f"{share:.2%}" for share in shares.values()]])
+
+
+def emoji_embedded():
+    """The embedded emoji: figures of captions as in training, and right pictures by kind."""
+    found = {kind: {entry["what"]: entry["figures"]
+                    for entry in records_under([ROOT / "results/emoji/embedded" / f"{kind}.json"])}
+             for kind in KINDS}
+    rows = [[what, cell(figures["emoji-FID"], "{:.2f}"),
+             *(cell(found[kind][what]["right_picture"], "{:.1%}") for kind in KINDS)]
+            for what, figures in found["training"].items()]
+    return markdown(["", "emoji-FID", *(kind.replace("-", " ") for kind in KINDS)], rows)
+
+
 def evaluations(folder):
     """Every row that evaluate.py recorded there, and the protocols that they stand for."""
     return table(records_under([ROOT / "results" / folder])).replace("\nProtocol", "\n- Protocol")
@@ -213,7 +232,7 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_ffhq64": partial(presets, "ffhq64"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
-             iteration, deviations, rooms, files, published, summary, heldout, soak)},
+             emoji_judge, emoji_embedded, iteration, deviations, rooms, files, published, summary, heldout, soak)},
          **speed_tables.TABLES, **tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}
