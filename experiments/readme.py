@@ -232,7 +232,8 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_ffhq64": partial(presets, "ffhq64"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
-             emoji_judge, emoji_embedded, iteration, deviations, rooms, files, published, summary, heldout, soak)},
+             emoji_judge, emoji_embedded, iteration, deviations, rooms, files, published, summary,
+             heldout, soak)},
          **speed_tables.TABLES, **tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}

@@ -24,7 +24,7 @@ from models import Conditions  # noqa: E402
 from presets.rows import find  # noqa: E402
 from text_to_image import SD_SCHEDULE, TextDenoiser  # noqa: E402
 from training import log, plan  # noqa: E402
-from training.draws import Sources, cut, draw  # noqa: E402
+from training.draws import Sources, draw  # noqa: E402
 from training.roles import assemble, place  # noqa: E402
 
 COMMON = ("--dataset sdxl --teacher pipeline --prompts prompts.txt --batch 4 --iterations 20 "
@@ -152,7 +152,7 @@ def measured():
             block.register_forward_hook(seen)
     train.update = updating
     for step in range(3):
-        parts = cut(draw(config, step, sources), config, sources, options)
+        parts = draw(config, step, sources, options)
         train.iteration(config, roles, optimizers, parts, step % config.ttur == 0)
     train.update = update
     planned = plan.memory(train.iteration, config, plain, 1, 2, shard=True)

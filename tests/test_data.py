@@ -126,7 +126,7 @@ def test_a_bad_cifar10_archive_is_named_with_what_is_wrong(tmp_path):
     (tmp_path / "flipped").write_bytes(flipped)
     for case in ("text", "nothing", "truncated", "flipped"):
         refused(tmp_path / case)
-    refused(tmp_path / "missing", "give digits, cifar10, a folder, a zip")
+    refused(tmp_path / "missing", "give digits, emoji, cifar10, a folder, a zip")
 
 
 def test_an_archive_cannot_write_link_or_unpickle_anything(tmp_path):

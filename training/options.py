@@ -13,6 +13,7 @@ import torch
 from base import distributed
 from base.errors import Parser, UserError
 from presets.config import Config, Preset
+from presets.datasets import DATASETS
 from presets.rows import find
 from training.subject import subject_of
 from weights.checkpoint import untrained
@@ -127,8 +128,6 @@ def parse(argv=None):
         except ValueError as error:
             raise UserError(str(error)) from None
         begins = stage or "unet" in subject.network     # stage 0 of text goes on from a pipeline
-        if args.teacher and not begins:
-            raise UserError("--teacher is for a student; --stage 0 trains a teacher")
         teacher = {"teacher": recorded_teacher(args, subject, preset)
                    or subject.teacher_of(preset)} if begins else {}
         config = merge(preset.config, given | teacher | {"stage": stage, "dataset": subject.name},
@@ -156,6 +155,9 @@ def refuse_needless(given):
     """Flags that say nothing about a teacher in training, or about a student."""
     stage0 = given.get("stage") == 0
     needless = [k for k in given if k in (STUDENTS if stage0 else TEACHERS)]
+    name = given.get("dataset", "digits")
+    if stage0 and "teacher" in given and name in DATASETS and "unet" not in DATASETS[name].network:
+        needless.append("teacher")
     if needless:
         raise UserError(f"--{needless[0].replace('_', '-')} is for a "
                         + ("student; --stage 0 trains a teacher" if stage0 else
