@@ -28,7 +28,7 @@ demo-text: .venv/text .venv/curves
 		--out $(DEMO_TEXT)/compare.png
 
 test: .venv/dev
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 # The long version of the fault tests, recorded: minutes.
 soak: .venv/dev

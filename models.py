@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base.distributed import local
 from losses import dm_loss, sid_loss
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7
@@ -293,9 +292,5 @@ def update_ema(ema, student, images, halflife, rampup=0.0, seen=0):
     """After a half-life of images, at most a share of those `seen`, the old average counts half."""
     halflife = min(halflife, rampup * seen) if rampup else halflife     # EDM F.2 (Deviation 10)
     keep = 0.5 ** (images / halflife) if halflife else 0.0
-    averages, weights = (list(map(local, net.parameters())) for net in (ema, student))
-    if averages[0].device == weights[0].device:
-        torch._foreach_lerp_(averages, weights, 1 - keep)
-    else:                                               # an average on the host
-        for average, weight in zip(averages, weights):
-            average.lerp_(weight.to(average.device), 1 - keep)
+    for average, weight in zip(ema.parameters(), student.parameters()):
+        average.lerp_(weight.to(average.device), 1 - keep)              # it may be on the host

@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 from base import distributed
@@ -63,7 +64,8 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                                                     teacher=roles.teacher, adapted=adapted)
                 if unforget:                            # PMDD Eq. 9, last term
                     if source is not previous:
-                        targets = denoise_together(previous, inputs[:-1], sigmas[:-1], part.y)
+                        with torch.no_grad():
+                            targets = denoise_together(previous, inputs[:-1], sigmas[:-1], part.y)
                     terms["unforget"] = config.unforget_weight * unforget_loss(earlier, targets)
                 if config.gan_weight:                   # DMD2 Eq. 4
                     terms["gan"] = config.gan_weight * gan_student_loss(
@@ -144,8 +146,8 @@ def backward(terms, losses, parts):
 def update(optimizer, losses, gradient_name, clip):
     """One step of AdamW; adds the gradient's norm to what is logged."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    losses[gradient_name] = distributed.whole(norm)
+    norm = clip_grad_norm_(parameters, clip or math.inf)
+    losses[gradient_name] = getattr(norm, "full_tensor", norm.detach)()     # of a sharded network
     finite = torch.stack([*losses.values()]).isfinite().all()
     optimizer.found_inf.copy_(torch.maximum(optimizer.found_inf, (~finite).float()))
     optimizer.step()

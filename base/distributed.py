@@ -99,10 +99,10 @@ def parallel(module):
 
 def sync_gradients(module, last):
     """Forward and backward under this: gradients are summed over ranks at the last part only."""
-    if sharded(module):
+    if hasattr(module, "set_requires_gradient_sync"):   # sharded
         module.set_requires_gradient_sync(last)
-    adds_up = isinstance(module, DistributedDataParallel) and not last
-    return module.no_sync() if adds_up else contextlib.nullcontext()
+    alone = last or not isinstance(module, DistributedDataParallel)
+    return contextlib.nullcontext() if alone else module.no_sync()
 
 
 def shard(module, device, on_host=False):
@@ -121,16 +121,11 @@ def sharded(module):
     return hasattr(module, "set_requires_gradient_sync")        # of FSDPModule
 
 
-def local(value):
-    """This rank's share of a sharded tensor; anything else as it is."""
-    return value.to_local() if hasattr(value, "full_tensor") else value         # a DTensor
-
-
 def whole(value):
     """A sharded tensor gathered, on every rank at once; anything else as it is."""
-    if not hasattr(value, "full_tensor"):
-        return value
-    return value.to(value.device_mesh.device_type).full_tensor()
+    if hasattr(value, "full_tensor"):                   # a DTensor
+        return value.to(value.device_mesh.device_type).full_tensor()
+    return value
 
 
 def whole_on_rank_zero(state):
