@@ -18,6 +18,7 @@ from images.captioned import KINDS
 from metrics.emoji_judge import load_emoji_network
 from metrics.evaluations import cell, records_under, table
 from presets.rows import PRESETS
+from weights.opening import steps_text
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BEFORE_TEXT = 13                # deviations that are not of text to image alone
@@ -148,12 +149,13 @@ def emoji_judge():
 
 def emoji_embedded():
     """The embedded emoji: figures of captions as in training, and right pictures by kind."""
-    found = {kind: {entry["what"]: entry["figures"]
+    found = {kind: {entry["evaluations"]: entry["figures"]
                     for entry in records_under([ROOT / "results/emoji/embedded" / f"{kind}.json"])}
              for kind in KINDS}
-    rows = [[what, cell(figures["emoji-FID"], "{:.2f}"),
-             *(cell(found[kind][what]["right_picture"], "{:.1%}") for kind in KINDS)]
-            for what, figures in found["training"].items()]
+    rows = [[f"student, {steps_text(count)}" if count <= 3 else f"teacher, {count} evaluations",
+             cell(figures["emoji-FID"], "{:.2f}"),
+             *(cell(found[kind][count]["right_picture"], "{:.1%}") for kind in KINDS)]
+            for count, figures in sorted(found["training"].items())]
     return markdown(["", "emoji-FID", *(kind.replace("-", " ") for kind in KINDS)], rows)
 
 
