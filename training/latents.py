@@ -26,8 +26,8 @@ class Latents(Rows):
 def latents_of(source, pipeline, network, folder, device, stop):
     """A draw of the VAE's posterior for each image, as in DMD2."""
     if source != "emoji" and not Path(source).exists():
-        raise UserError(f"--data {source}: no such folder or zip; wanted: pictures with captions, "
-                        "in dataset.json or in a .txt beside each")
+        raise UserError(f"--data {source}: no such folder or zip; the GAN wants pictures with "
+                        "captions, in dataset.json or in a .txt beside each")
     images = open_captioned(source, pipeline.size)
 
     def make(part):

@@ -131,7 +131,7 @@ def main():
     require(len(sys.argv) == 4 and sys.argv[1] == "export",
             "usage: python text_to_image.py export BEST.pt OUT")
     payload = checkpoint.load(sys.argv[2], needs=("network", "sigmas", "ema"))
-    require("pipeline" in payload, f"{sys.argv[2]} is of no text to image")
+    require("pipeline" in payload, f"{sys.argv[2]} is no student of text to image")
     lora = (payload["ema"], payload["made_from"]["teacher"]) if "lora" in payload else None
     network = build(payload["network"]) if lora else checkpoint.network_from(payload,
                                                                              source=sys.argv[2])
