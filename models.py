@@ -292,6 +292,5 @@ def update_ema(ema, student, images, halflife, rampup=0.0, seen=0):
     """After a half-life of images, at most a share of those `seen`, the old average counts half."""
     halflife = min(halflife, rampup * seen) if rampup else halflife     # EDM F.2 (Deviation 10)
     keep = 0.5 ** (images / halflife) if halflife else 0.0
-    averages, weights = ([getattr(p, "_local_tensor", p) for p in one.parameters()]    # if sharded
-                         for one in (ema, student))
-    torch._foreach_lerp_(averages, [w.to(a.device) for a, w in zip(averages, weights)], 1 - keep)
+    for average, weight in zip(ema.parameters(), student.parameters()):
+        average.lerp_(weight.to(average.device), 1 - keep)              # it may be on the host

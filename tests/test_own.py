@@ -358,18 +358,26 @@ RISING = ("--augment", 0.5, "--warm-up", 3, "--ema-rampup", 0.05, "--ema-halflif
 def watched(folder, iterations, *more):
     """Runs stage 0; returns the rate of each iteration, and the average's share that stays."""
     rates, keeps, patch = [], [], pytest.MonkeyPatch()
-    plain = torch._foreach_lerp_
 
-    def lerp(ema, student, weight):
-        keeps.append(1 - weight)
-        plain(ema, student, weight)
+    def update_ema(*args, real=train.update_ema, plain=torch.Tensor.lerp_):
+        moved = []
+
+        def lerp(average, weight, share):
+            moved.append(1 - share)
+            return plain(average, weight, share)
+
+        patch.setattr(torch.Tensor, "lerp_", lerp)
+        real(*args)
+        patch.setattr(torch.Tensor, "lerp_", plain)
+        share, = set(moved)                             # the same of every weight
+        keeps.append(share)
 
     def set_rate(config, step, optimizers, real=train.set_rate):
         real(config, step, optimizers)
         rates.append(optimizers[0].param_groups[0]["lr"])
 
     patch.setattr(train, "set_rate", set_rate)
-    patch.setattr(torch, "_foreach_lerp_", lerp)
+    patch.setattr(train, "update_ema", update_ema)
     run_list(train, "--stage", 0, "--data", "my-images", "--folder", folder, *STAGE0, "--batch", 4,
              "--iterations", iterations, "--evaluate-every", 0, *RISING, *more)
     patch.undo()
