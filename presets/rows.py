@@ -213,14 +213,10 @@ PRESETS = {
         replace(CIFAR10_ROW, **TEACHER, iterations=390_625, batch=512, learning_rate=1e-3,
                 warm_up=19_531, augment=0.12, ema_rampup=0.05, evaluate_every=10_000),
         "EDM Table 7", "8 V100", None),
-    ("ffhq64", "pmdd", 0, ""): Preset(
-        replace(FFHQ64_ROW, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4,
-                warm_up=39_062, augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
-        "EDM Table 7", "8 V100", None),
-    ("afhqv2-64", "pmdd", 0, ""): Preset(
-        replace(AFHQV2_64_ROW, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4,
-                warm_up=39_062, augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
-        "EDM Table 7", "8 V100", None),
+    **{(row.dataset, "pmdd", 0, ""): Preset(
+        replace(row, **TEACHER, iterations=781_250, batch=256, learning_rate=2e-4, warm_up=39_062,
+                augment=0.15, ema_rampup=0.05, evaluate_every=10_000),
+        "EDM Table 7", "8 V100", None) for row in (FFHQ64_ROW, AFHQV2_64_ROW)},
     ("imagenet64", "pmdd", 0, ""): Preset(
         replace(IMAGENET64_ROW, **TEACHER, iterations=610_351, batch=4096, learning_rate=1e-4,
                 warm_up=2_441, ema_halflife=50_000_000, ema_rampup=0.05, evaluate_every=10_000),
