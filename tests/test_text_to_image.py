@@ -265,6 +265,16 @@ def test_the_published_networks_have_their_shapes(folders, name, count, parts, s
 
 # ---- Prompts and pictures. ----
 
+def test_the_vae_of_sdxl_is_never_asked_in_fp16(folders):
+    pipeline = Pipeline(folders["xl"])
+    latents = torch.zeros(1, 4, 16, 16)
+    pipeline.vae.bfloat16()
+    assert pipeline.decode_float(latents).isfinite().all()
+    pipeline.vae.half()
+    with pytest.raises(UserError, match="the VAE of SDXL overflows in fp16; allowed: fp32, bf16"):
+        pipeline.decode_float(latents)
+
+
 def test_a_prompts_y_is_bit_for_bit_what_diffusers_embeds(folders, architecture, capsys):
     theirs = diffusers.DiffusionPipeline.from_pretrained(folders[architecture])
     ours = Pipeline(folders[architecture])
