@@ -153,7 +153,7 @@ def test_a_run_killed_at_any_iteration_ends_bit_for_bit_like_one_never_killed(
     whole, killed = state(tmp_path / "whole", stage), state(tmp_path / "killed", stage)
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
-    lines = [[{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")}
+    lines = [[{k: v for k, v in line.items() if k not in run_folder.CLOCKED}
               for line in run_folder.read_metrics(tmp_path / f / f"stage{stage}" / "metrics.jsonl")]
              for f in ("whole", "killed")]
     assert lines[0] == lines[1]
