@@ -62,10 +62,10 @@ def sigma_grid(levels, batch, generator, low=0.0, high=1.0):
 sigma_dm = partial(sigma_grid, low=0.02, high=0.98)     # DMD Eq. 7: the middle of the levels
 
 
-def sigma_sid(levels, batch, generator):
+def sigma_sid(levels, batch, generator, low=0.0, high=0.8):
     """SiD's student loss: u uniform in [0, 0.8], u = 0 at the lowest level; between the levels."""
     u = torch.rand(batch, 1, 1, 1, generator=generator, device=levels.table.device)
-    return levels.at(0.8 * u.double()).float()
+    return levels.at(low + (high - low) * u.double()).float()
 
 
 def sigma_lognormal(levels, batch, generator, mean=-1.2, std=1.2):

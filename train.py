@@ -14,6 +14,7 @@ import math
 import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -34,6 +35,7 @@ from training.latents import latents_of
 from training.log import Log, StopSignal
 from training.noise_pairs import noise_image_pairs
 from training.options import parse
+from training.passes import Passes
 from training.roles import load_roles, resume, whole_network
 from training.run_folder import drop_unused, kept, open_run
 
@@ -87,16 +89,16 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                 generated.append(student(inputs[-1], level(sigmas[-1], part.z), part.y))
 
     # Update the adapted network on the same images (PMDD Eq. 8, DMD Alg. 3)
-    for part, x0 in zip(parts, generated):
+    for (part, x0), k in product(zip(parts, generated), range(config.adapted_noises)):
         with sync_gradients(roles.adapted_ddp, part is parts[-1]), autocast():
             terms = {"denoising": denoising_loss(
-                x0, part.sigma_adapted, part.eps_adapted, part.y, adapted=roles.adapted_ddp,
-                sigma_data=student.sigma_data)}
+                x0, part.sigma_adapted[:, k], part.eps_adapted[:, k], part.y,
+                adapted=roles.adapted_ddp, sigma_data=student.sigma_data)}
             if config.gan_weight:                       # DMD2 Eq. 4, the discriminator
                 terms["discriminator"] = config.gan_adapted_weight * gan_adapted_loss(
                     x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real, part.eps_real,
                     part.y, part.y_real, discriminator=partial(roles.adapted_ddp, output="logits"))
-            backward(terms, adapted_losses, len(parts))
+            backward(terms, adapted_losses, len(parts) * config.adapted_noises)
     update(optimizers[1], adapted_losses, "adapted_gradient", config.clip)
     return student_losses | adapted_losses, x0
 
@@ -170,9 +172,9 @@ def set_rate(config, step, optimizers):
     done = step / config.iterations
     fall = 1 - (1 - config.final_rate) * done
     rise = min(step / config.warm_up, 1) if config.warm_up else 1
-    for optimizer in optimizers:
+    for optimizer, share in zip(optimizers, (1, config.adapted_rate)):
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (rise * fall)
+            group["lr"] = config.learning_rate * (rise * fall) * share
 
 
 def open_real(options, roles, network, device, stop):
@@ -203,7 +205,7 @@ def distill(config, options, device, stop):
     """Set-up, then for each iteration: draw, iterate, log. Returns an exit code."""
     roles = load_roles(config, options, device)
     optimizers = make_optimizers(config, roles, device)
-    start, best_fid, unscored = resume(config, options, roles, optimizers)
+    start, seconds, best_fid, unscored = resume(config, options, roles, optimizers)
     roles.wrap()
     if config.regression_weight:
         roles.distance = perceptual_distance(config.dataset, options.cache, device,
@@ -214,7 +216,8 @@ def distill(config, options, device, stop):
                        enabled=options.precision == "bf16",
                        cache_enabled=not options.shard)     # it would keep every weight whole
     iterate = iteration_of(config)
-    log = Log(config, options, device, start, best_fid, stop, scorer)
+    passes = Passes(iterate, config, options.network)
+    log = Log(config, options, device, start, best_fid, stop, scorer, passes, seconds)
     if unscored and log.score_due(start - 1):           # stopped before it could be evaluated
         log.save(roles, optimizers, start, score=True)
 

@@ -16,11 +16,11 @@ from images.pictures import CURVES, matplotlib_pyplot
 from presets.config import Config
 from presets.datasets import DATASETS
 from train import iteration_of
-from training.cost import count
+from training.passes import Passes
 from training.run_folder import read_metrics
 from weights.checkpoint import load
 
-AXES = ("iterations", "images", "passes", "hours")
+AXES = ("iterations", "images", "passes", "seconds", "hours")
 
 
 def read_run(folder):
@@ -46,24 +46,18 @@ def positions(config, lines, against, folder):
     if against == "images":
         return [n * config.batch for n in iterations]
     if against == "passes":
-        each = passes_of_an_image(config, folder)
-        return [n * config.batch * each for n in iterations]
-    hours, spent, last = [], 0.0, 0
+        known = DATASETS.get(config.dataset)
+        network = (known.network if known else
+                   load(folder / "best.pt", needs=("network",))["network"])
+        passes = Passes(iteration_of(config), config, network)
+        return [passes.until(n) for n in iterations]
+    seconds, spent, last = [], 0.0, 0
     for n, line in zip(iterations, lines):
         if "images_per_second" in line:
-            spent += (n - last) * config.batch / line["images_per_second"] / 3600
+            spent += (n - last) * config.batch / line["images_per_second"]
             last = n
-        hours.append(spent)
-    return hours
-
-
-def passes_of_an_image(config, folder):
-    """Forward passes, a backward one counted as two."""
-    known = DATASETS.get(config.dataset)
-    network = known.network if known else load(folder / "best.pt", needs=("network",))["network"]
-    passes = count(iteration_of(config), config, network).passes
-    return sum(times * one.batches * (1 if one.gradient == "none" else 3)
-               for one, times in passes.items()) / config.iterations
+        seconds.append(spent)
+    return seconds if against == "seconds" else [spent / 3600 for spent in seconds]
 
 
 def draw(folders, against, path):
@@ -96,8 +90,9 @@ def main(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="FOLDER")
     parser.add_argument("--against", choices=AXES, default="iterations",
-                        help="the axis: passes are forward passes, a backward one counted as two "
-                             "(default: iterations)")
+                        help="the axis: passes are forward passes, a backward one counted as one "
+                             "more through frozen weights and two into trained ones (default: "
+                             "iterations)")
     parser.add_argument("--out", default="compare-runs.png", help="default: compare-runs.png")
     args = parser.parse_args(argv)
     if Path(args.out).suffix != ".png" or not Path(args.out).resolve().parent.is_dir():

@@ -21,7 +21,7 @@ import numpy as np
 from base.errors import Parser, RunFailed, UserError
 from base.files import ROOT, read_json, write_json
 from metrics.evaluations import read_records
-from training.run_folder import read_metrics
+from training.run_folder import CLOCKED, read_metrics
 
 SEEDS = (0, 1, 2)
 
@@ -71,7 +71,7 @@ class Plan:
 
     def log(self, name, seed):
         """Every line of the run's log, but for its speed."""
-        return [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")}
+        return [{k: v for k, v in line.items() if k not in CLOCKED}
                 for line in read_metrics(ROOT / self.record(name, seed, "metrics.jsonl"))]
 
     def over_training(self, name, seed, key):

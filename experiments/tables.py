@@ -19,7 +19,8 @@ from experiments.recorded_runs import SEEDS, Plan, Run, parse, run_all
 
 ITERATIONS = 1500                       # of a stage; n steps trained together have n times as many
 IMAGES = 20_000                         # of each figure
-COMMON = "--final-rate 1 --ema-halflife 4000 --evaluate-every 250 --evaluate-images 2000"
+COMMON = ("--final-rate 1 --ema-halflife 4000 --ema-rampup 0 --evaluate-every 250 "
+          "--evaluate-images 2000")
 
 
 def stage(k, flags, after, beta="1", seeds=SEEDS):

@@ -60,6 +60,12 @@ class Config:
     warm_up: int = option(0, "iterations over which the learning rate rises linearly from 0")
     ema_rampup: float = option(0.0, "the average's half-life is at most this share of the images "
                                     "that updates have seen; 0: no such limit")
+    adapted_noises: int = option(1, "noise levels of each generated image in an update of the "
+                                    "adapted network")
+    adapted_rate: float = option(1.0, "learning rate of the adapted network, in that of the "
+                                      "student's")
+    noise_range: tuple = option((), "at which noise dm or sid compares the denoisers: two shares "
+                                    "of the levels (empty: 0.02 0.98 with dm, 0 0.8 with sid)")
     augment: float = option(0.0, "stage 0: probability of each of EDM's augmentations")
     caption_dropout: float = option(0.0, "stage 0: share of captions or classes that are left out, "
                                          "for guidance")

@@ -276,7 +276,8 @@ def outcome(run):
     ends = {}
     for stage in sorted(Path(run).glob("stage*")):
         saved = {name: plain(checkpoint.load(stage / name)) for name in ("latest.pt", "best.pt")}
-        lines = [{k: v for k, v in line.items() if k not in ("images_per_second", "seconds_left")}
+        del saved["latest.pt"]["seconds"]
+        lines = [{k: v for k, v in line.items() if k not in run_folder.CLOCKED}
                  for line in run_folder.read_metrics(stage / "metrics.jsonl")]
         pictures = {p.name: p.read_bytes() for p in sorted((stage / "samples").iterdir())}
         ends[stage.name] = saved | {"metrics": lines, "samples": pictures}

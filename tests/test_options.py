@@ -163,7 +163,8 @@ def noise_levels(steps, dataset):
 @pytest.mark.parametrize("key", TABLE, ids=lambda key: " ".join(map(str, key)))
 def test_a_preset_equals_the_papers_row(key):
     fields, steps, fid, gpus = TABLE[key]
-    fields, preset = fields | {"final_rate": 1}, PRESETS[key]   # no paper lowers its learning rate
+    # No paper lowers its learning rate, and every average ramps up as EDM's and SiD's.
+    fields, preset = fields | {"final_rate": 1, "ema_rampup": 0.05}, PRESETS[key]
     differing = {name: (value, getattr(preset.config, name)) for name, value in fields.items()
                  if getattr(preset.config, name) != value}
     assert not differing
@@ -200,6 +201,11 @@ def test_the_sum_of_the_papers_stages_is_what_it_says_in_images():
     """PMDD, Section 4.2: around 34M synthetic images in all for ImageNet."""
     total = sum(PRESETS["imagenet64", "pmdd", stage, ""].images for stage in (1, 2, 3))
     assert total == 34_560_000
+
+
+def test_the_average_of_every_row_ramps_up():
+    assert all(row.config.ema_rampup in (0.05, 0.1) for row in PRESETS.values())
+    assert all(row.config.ema_rampup == 0.05 for (of, *_), row in PRESETS.items() if of != "emoji")
 
 
 def test_the_average_of_every_row_has_forgotten_where_it_began():
@@ -405,7 +411,11 @@ def refused(*argv):
     ("--evaluate-every -1", ["--evaluate-every is -1", "0 or more"]),
     ("--learning-rate 0", ["--learning-rate is 0.0", "above 0"]),
     ("--learning-rate nan", ["--learning-rate is nan"]),
-    ("--final-rate 0", ["--final-rate is 0.0", "above 0, at most 1"]),
+    ("--final-rate -0.1", ["--final-rate is -0.1", "0 to 1"]),
+    ("--adapted-noises 0", ["--adapted-noises is 0"]),
+    ("--adapted-rate 0", ["--adapted-rate is 0.0", "above 0"]),
+    ("--noise-range 0.5", ["--noise-range is (0.5,)", "two rising shares"]),
+    ("--noise-range 0.8 0.2", ["--noise-range is (0.8, 0.2)"]),
     ("--final-rate 1.5", ["--final-rate is 1.5"]), ("--final-rate nan", ["--final-rate is nan"]),
     ("--learning-rate inf", ["--learning-rate is inf"]), ("--learning-rate x", ["x"]),
     ("--alpha nan", ["--alpha is nan"]), ("--alpha -1", ["--alpha is -1.0", "0 or more"]),

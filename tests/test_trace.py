@@ -27,7 +27,8 @@ RUNS = {"dm": (["--stage", "1", "--loss", "dm"], ""),
         "sid": (["--method", "sid"], "sid with dm"),
         "dmd": (["--method", "dmd", "--regression-pairs", "32"], ""),
         "dmd2": (["--method", "dmd2"], ""), "teacher": (["--stage", "0"], "")}
-COMMON = ["--iterations", "20", "--batch", "16", "--evaluate-every", "0", "--save-every", "20"]
+COMMON = ["--iterations", "20", "--batch", "16", "--evaluate-every", "0", "--save-every", "20",
+          "--ema-rampup", "0"]
 NOT_LOSSES = ("iteration", "images_per_second", "seconds_left")
 
 

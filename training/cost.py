@@ -57,6 +57,12 @@ def forward_flops(network):
     return counter.get_total_flops()
 
 
+def pair_passes(config):
+    """Of the teacher, before the first iteration of DMD."""
+    one = (2 * config.regression_steps - 1) * (1 if config.guidance == 1 else 2)
+    return bool(config.regression_weight) * config.regression_pairs * one
+
+
 def totals(config, counted):
     """Images through a forward and through a backward pass, over the whole run."""
     scored = 0
@@ -80,9 +86,7 @@ def totals(config, counted):
         found["images through the discriminator and back"] = images("logits", "input", "weights")
     return found | {
         "images forward through a network to score": scored * len(config.sigmas),
-        "images forward through the teacher for pairs": bool(config.regression_weight)
-        * config.regression_pairs * (2 * config.regression_steps - 1)
-        * (1 if config.guidance == 1 else 2)}
+        "images forward through the teacher for pairs": pair_passes(config)}
 
 
 # ---- What --dry-run prints ----

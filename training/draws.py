@@ -1,5 +1,7 @@
 """What an iteration draws: from (seed, iteration) alone, for the whole batch, cut into parts."""
 
+import math
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -48,17 +50,17 @@ def steps_trained(config, step):
 def draw(config, step, sources, options):
     """Everything random of one iteration. Each rank draws the whole batch, so that a resumed run,
     or one on more processes, is the same, and keeps its share, in parts of --batch-per-gpu."""
-    B, levels, asked = config.batch, sources.levels, sources.conditions
+    B, size, levels, asked = config.batch, options.batch_per_gpu, sources.levels, sources.conditions
     rng, host_rng = generators(config.seed, step, levels.table.device)
     here, host = dict(generator=rng, device=levels.table.device), dict(generator=host_rng)
-    share, size = B // options.world_size, options.batch_per_gpu
+    share, between = B // options.world_size, dict(zip(("low", "high"), config.noise_range))
     mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
 
     def normal(*steps):
         return torch.randn(B, *steps, *sources.shape, **here)[mine]
 
-    def noise(sampler):
-        return sampler(levels, B, rng)[mine], normal()
+    def noise(sampler, *k):                             # several of each image, where k is given
+        return sampler(levels, math.prod(k, start=B), rng).unflatten(0, (B, *k))[mine], normal(*k)
 
     def indices(count, on_host=True):
         return torch.randint(count, (B,), **(host if on_host else here))[mine]
@@ -67,13 +69,13 @@ def draw(config, step, sources, options):
     if config.stage == 0:
         draw_for_teacher(drawn, config, step, sources, noise, indices, here, host_rng, mine)
     else:
-        n, loss = steps_trained(config, step), LOSSES[config.loss]
+        n, loss, k = steps_trained(config, step), LOSSES[config.loss], config.adapted_noises
         drawn.sigmas, drawn.seen = config.sigmas[:n], step // config.ttur * B
         drawn.z, drawn.noises = normal(), normal(n - 1)
         drawn.y = asked.embed(asked.count and indices(asked.count, asked.on_host))
-        drawn.sigma_adapted, drawn.eps_adapted = noise(loss.adapted_noise or levels.trained)
+        drawn.sigma_adapted, drawn.eps_adapted = noise(loss.adapted_noise or levels.trained, k)
         if student_turn:
-            drawn.sigma, drawn.eps = noise(loss.student_noise)
+            drawn.sigma, drawn.eps = noise(partial(loss.student_noise, **between))
         if sources.real is not None:                    # DMD2's GAN has its own (Deviation 13)
             drawn.real, drawn.y_real = sources.take(sources.real, indices)
             drawn.sigma_real, drawn.eps_real = noise(sigma_grid)

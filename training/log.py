@@ -85,7 +85,7 @@ def save_prompted(roles, sigmas, path, device):
 def best_of(latest, fid):
     """What best.pt holds of a checkpoint: all but what only a resumed run needs."""
     return {name: value for name, value in latest.items()
-            if name not in ("student", "optimizers")} | {"best_fid": fid}
+            if name not in ("student", "optimizers", "seconds")} | {"best_fid": fid}
 
 
 class StopSignal:
@@ -115,13 +115,15 @@ class StopSignal:
 
 
 class Clock:
-    """Images per second since the last reading, and the seconds that are left at that pace."""
+    """Images per second since the last reading, and the seconds that are left at that pace; in all
+    the seconds of training, evaluations left out."""
 
-    def __init__(self, batch):
-        self.batch, self.seconds, self.since = batch, 0.0, time.monotonic()
+    def __init__(self, batch, before=0.0):
+        self.batch, self.seconds, self.all, self.since = batch, 0.0, before, time.monotonic()
 
     def pause(self):
-        self.seconds += time.monotonic() - self.since
+        passed = time.monotonic() - self.since
+        self.seconds, self.all = self.seconds + passed, self.all + passed
 
     def go_on(self):
         self.since = time.monotonic()
@@ -138,9 +140,10 @@ class Clock:
 class Log:
     """Progress bar, metrics.jsonl, sample grids, checkpoints: when they are due, and doing it."""
 
-    def __init__(self, config, options, device, start, best_fid, stop, scorer=None):
+    def __init__(self, config, options, device, start, best_fid, stop, scorer=None, passes=None,
+                 seconds=0.0):
         self.config, self.folder, self.best_fid = config, options.folder, best_fid
-        self.options = options
+        self.options, self.passes = options, passes
         self.scorer = scorer if scorer and scorer.judge else None
         self.device, self.stop, self.unread = device, stop, []
         self.newest, self.shown = {}, {}        # each loss as last read; what the bar shows
@@ -149,7 +152,7 @@ class Log:
         if self.writes:                                 # nothing refuses this run any more
             write_config(self.folder, config, options)
             self.metrics = Metrics(self.folder, start)
-        self.clock, self.last = Clock(config.batch), start
+        self.clock, self.last = Clock(config.batch, seconds), start
         self.bar = progress(total=config.iterations, initial=start, desc=f"stage {config.stage}",
                             unit="it")
 
@@ -224,13 +227,16 @@ class Log:
         together = self.writes or self.options.shard    # what is sharded no rank has alone
         if together:
             latest = payload(self.config, roles, optimizers, done, self.best_fid, scores)
+            latest["seconds"] = self.clock.all
         if self.writes:
             if better:                                  # before latest.pt, which knows of it
                 save(self.folder / "best.pt", best_of(latest, fid))
             if scores:
                 flat = {f"{name}@{k}": v for k, score in scores.items()
                         for name, v in score.items()}
-                self.metrics.write(iteration=done - 1, **flat)
+                self.metrics.write(iteration=done - 1, images=done * self.config.batch,
+                                   passes=self.passes.until(done),
+                                   seconds=round(self.clock.all, 1), **flat)
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
         if together and (scores or of_text(roles)):

@@ -21,7 +21,8 @@ from weights.checkpoint import untrained
 # What says nothing about a teacher in training.
 STUDENTS = ("guidance", "lora", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
             "unforget_weight", "external_sampling", "gan_weight", "gan_adapted_weight",
-            "regression_weight", "regression_pairs", "regression_steps", "ttur")
+            "regression_weight", "regression_pairs", "regression_steps", "ttur",
+            "adapted_noises", "adapted_rate", "noise_range")
 # And what of a student.
 ARCHITECTURE = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
 TEACHERS = ("augment", "caption_dropout", *ARCHITECTURE)
@@ -77,7 +78,8 @@ def parser():
             kwargs["type"] = type(f.default)
         preset.add_argument(flag, **kwargs)
     preset.add_argument("--variant", default="",
-                        help="another row of the same paper: unconditional, no-gan, longer")
+                        help="another row of the same paper: unconditional, no-gan, longer; "
+                             "fast: ours, of PMDD's rows")
     how = parser.add_argument_group("where and how")
     how.add_argument("--folder", help="folder of the run (default: runs/<dataset>-<method>)")
     how.add_argument("--data", help="real images: digits, cifar10, a folder, a zip, or CIFAR-10's "
@@ -128,9 +130,13 @@ def parse(argv=None):
         except ValueError as error:
             raise UserError(str(error)) from None
         begins = stage or "unet" in subject.network     # stage 0 of text goes on from a pipeline
-        teacher = {"teacher": recorded_teacher(args, subject, preset)
+        before = recorded(args, subject, preset)
+        teacher = {"teacher": args.teacher or str(before.get("teacher", ""))
                    or subject.teacher_of(preset)} if begins else {}
-        config = merge(preset.config, given | teacher | {"stage": stage, "dataset": subject.name},
+        younger = {f.name: f.default for f in dataclasses.fields(Config)
+                   if before and f.name not in before}
+        config = merge(preset.config, younger | given | teacher
+                       | {"stage": stage, "dataset": subject.name},
                        all_stages=len(stages) > 1)
         wanted.append(Stage(preset, config, options(args, config, subject)))
     return wanted
@@ -141,14 +147,15 @@ def folder_of(args, dataset, method, stage):
     return Path(args.folder or Path("runs") / name) / f"stage{stage}"
 
 
-def recorded_teacher(args, subject, preset):
-    """That of a run that goes on, where no other is given: a stage 0 may have come beside it."""
+def recorded(args, subject, preset):
+    """What a run that goes on was begun with: its teacher stays, also where a stage 0 has come
+    beside it, and a field that is younger than the run has the default, which is what runs did."""
     config = preset.config
     path = folder_of(args, subject.name, config.method, config.stage) / "config.json"
     try:
-        return "" if args.teacher else str(json.loads(path.read_text())["config"]["teacher"])
+        return dict(json.loads(path.read_text())["config"])
     except (OSError, ValueError, LookupError, TypeError):       # open_run says what is wrong
-        return ""
+        return {}
 
 
 def refuse_needless(given):
@@ -183,7 +190,8 @@ def check(config):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {getattr(config, name)!r}; allowed: {allowed}")
 
-    for name in ("ttur", "iterations", "batch", "save_every", "regression_steps"):
+    for name in ("ttur", "iterations", "batch", "save_every", "regression_steps",
+                 "adapted_noises"):
         require(getattr(config, name) >= 1, name, "whole numbers, at least 1")
     for name in ("unforget_weight", "gan_weight", "gan_adapted_weight", "regression_weight",
                  "regression_pairs", "weight_decay", "clip", "warm_up", "ema_halflife",
@@ -191,7 +199,11 @@ def check(config):
         require(0 <= getattr(config, name) < math.inf, name, "0 or more")
     require(0 <= config.seed < 1 << 63, "seed", "0 to 2^63 - 1, as torch's generators")
     require(0 < config.learning_rate < math.inf, "learning_rate", "above 0")
-    require(0 < config.final_rate <= 1, "final_rate", "above 0, at most 1")
+    require(0 <= config.final_rate <= 1, "final_rate", "0 to 1")
+    require(0 < config.adapted_rate < math.inf, "adapted_rate", "above 0")
+    shares = config.noise_range or (0, 1)
+    require(len(shares) == 2 and 0 <= shares[0] < shares[1] <= 1, "noise_range",
+            "two rising shares from 0 to 1")
     require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas",
             "two numbers from 0 to below 1")
     require(len(config.sigmas) == config.stage, "sigmas",

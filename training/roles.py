@@ -288,11 +288,12 @@ def load_optimizer(optimizer, state):
 
 
 def resume(config, options, roles, optimizers):
-    """Load latest.pt into the roles. Returns iterations done, best FID, whether it has no score."""
+    """Load latest.pt into the roles. Returns iterations done, their seconds, the best FID, and
+    whether they have no score."""
     folder = options.folder
     saved = checkpoint.load_latest(folder, say=say, needs=checkpoint.RESUMED)   # on the CPU
     if saved is None:
-        return 0, checkpoint.best_fid(folder), False
+        return 0, 0.0, checkpoint.best_fid(folder), False
     for what, digest in saved.get("made_from", {}).items():
         if digest != roles.made_from.get(what) and not options.force:
             name = {"teacher": f"--teacher {config.teacher}",
@@ -315,4 +316,5 @@ def resume(config, options, roles, optimizers):
         for group in optimizer.param_groups:            # a flag may have changed them
             group.update(betas=config.betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")
-    return saved["iteration"], checkpoint.best_fid(folder), not saved["fid"]
+    seconds = saved.get("seconds", 0.0)                 # 0 of a run that did not keep them yet
+    return saved["iteration"], seconds, checkpoint.best_fid(folder), not saved["fid"]

@@ -12,6 +12,7 @@ from base.files import versions, write_atomically, write_json
 from presets.config import Config
 
 LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
+CLOCKED = ("images_per_second", "seconds_left", "seconds")      # of its figures those of a clock
 
 
 def open_run(folder, config, options):

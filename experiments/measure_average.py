@@ -1,0 +1,96 @@
+"""How fast the average should forget: one training run, many averages of it, scored side by side.
+
+    python -m experiments.measure_average --stage 1 --iterations 2000 --folder runs/average
+
+Takes the flags of train.py, for one stage. No average acts on the training, so all of them see the
+same weights. Writes results/average/<method>-<stage>.json, and best.pt for the stage after.
+"""
+
+import copy
+import shlex
+import sys
+
+import torch
+
+from base.errors import UserError, run
+from base.files import ROOT, versions, write_json
+from base.progress import progress
+from images.from_seeds import choose_classes, every_step, sample_block, seed_blocks
+from metrics.judge import Scorer
+from models import update_ema
+from train import iteration, make_optimizers, open_sources, set_rate
+from training.draws import draw
+from training.log import StopSignal, best_of
+from training.options import parse
+from training.roles import load_roles, payload
+from weights.checkpoint import save
+
+BLOCKS = 2                      # of --evaluate-images each: what differs between them is chance
+ROWS_OWN, NONE = "the row's", "no limit"
+# name -> (share of the images seen, or 0; whether the row's half-life is a limit). Without one the
+# average's width is always the same share of the run: EDM2's power functions (arXiv:2312.02696).
+AVERAGES = {"0": (0, ROWS_OWN), "0.02": (0.02, ROWS_OWN), "0.05": (0.05, ROWS_OWN),
+            "0.1": (0.1, ROWS_OWN), "0.2": (0.2, ROWS_OWN), "0.05 alone": (0.05, NONE),
+            "0.1 alone": (0.1, NONE)}
+WEIGHTS = "weights"
+
+
+def scores(network, scorer, config):
+    """digits-FID at the stage's own number of steps, of each block of images."""
+    def task(seeds):
+        asked = choose_classes(scorer.labels, seeds, network.conditions.count)
+        return sample_block(network, seeds, every_step(config.sigmas), asked, scorer.device)
+
+    found = []
+    for block in range(BLOCKS):
+        seeds = range(block * scorer.images, (block + 1) * scorer.images)
+        every = scorer.judge.scores(task, seed_blocks(seeds, network, scorer.device),
+                                    len(config.sigmas), scorer.images)
+        found.append(every[-1]["digits-FID"])
+    return found
+
+
+def measure(config, options):
+    device = torch.device("cpu")
+    roles, stop = load_roles(config, options, device), StopSignal()
+    stop.restore()                                      # it saves nothing on the way
+    optimizers, scorer = make_optimizers(config, roles, device), Scorer(config, options, device)
+    roles.wrap()
+    sources = open_sources(config, options, roles, device, stop)
+    averages = {name: copy.deepcopy(roles.ema) for name in AVERAGES}
+    curve = []
+    for step in progress(range(config.iterations), desc="measuring averages", unit="it"):
+        set_rate(config, step, optimizers)
+        parts = draw(config, step, sources, options)
+        moved = step % config.ttur == 0
+        iteration(config, roles, optimizers, parts, moved)
+        for name, (rampup, limit) in AVERAGES.items() if moved else ():
+            halflife = config.ema_halflife if limit == ROWS_OWN else float("inf")
+            update_ema(averages[name], roles.student, config.batch, halflife, rampup,
+                       parts[0].seen)
+        if (step + 1) % config.evaluate_every == 0:
+            curve.append({"iterations": step + 1} | {
+                name: scores(network, scorer, config)
+                for name, network in ({WEIGHTS: roles.student} | averages).items()})
+            print({name: value[0] for name, value in curve[-1].items() if name != "iterations"})
+    options.folder.mkdir(parents=True, exist_ok=True)
+    save(options.folder / "best.pt", best_of(payload(
+        config, roles, optimizers, config.iterations, 0.0, {}), 0.0))
+    return curve
+
+
+def main():
+    stages = parse(sys.argv[1:])
+    if len(stages) > 1 or not stages[0].config.stage:
+        raise UserError("it measures one stage of a student: give --stage 1, 2 or 3")
+    _, config, options = stages[0]
+    curve = measure(config, options)
+    command = f"python -m experiments.measure_average {shlex.join(sys.argv[1:])}"
+    path = ROOT / "results" / "average" / f"{config.method}-{config.stage}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {"command": command, "versions": versions(), "iterations": config.iterations,
+                      "images": config.evaluate_images, "curve": curve})
+
+
+if __name__ == "__main__":
+    run(main)

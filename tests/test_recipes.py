@@ -1,0 +1,188 @@
+"""The average that ramps up, what a run has spent, and the recipes that are compared by it."""
+
+import json
+import shlex
+
+import pytest
+import torch
+
+import train
+from experiments import compare, measure_average, recipes
+from models import KARRAS
+from presets import rows
+from training.cost import Rehearsal, one_image
+from training.draws import Sources, draw
+from training.options import parse
+from training.passes import WEIGHT, Passes
+from weights import checkpoint
+
+TINY = ["--batch", "8", "--evaluate-images", "12", "--evaluate-every", "4", "--save-every", "2",
+        "--ttur", "3", "--final-rate", "1"]
+
+
+def state(folder, stage=1):
+    saved = checkpoint.load(folder / f"stage{stage}" / "latest.pt")
+    return {f"{role}.{name}": value for role in ("student", "ema", "adapted")
+            for name, value in saved[role].items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# ---- The average ----
+
+def test_at_the_second_evaluation_the_average_is_no_worse_than_the_weights(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_average, "AVERAGES", {
+        name: measure_average.AVERAGES[name] for name in ("0", "0.05")})
+    (_, config, options), = parse([
+        "--stage", "1", "--loss", "dm", "--iterations", "120", "--batch", "32",
+        "--learning-rate", "2e-4", "--evaluate-every", "60", "--evaluate-images", "500",
+        "--folder", str(tmp_path)])
+    _, second = measure_average.measure(config, options)
+    weights, ramped, constant = (sum(second[name]) / 2 for name in ("weights", "0.05", "0"))
+    spread = abs(second["weights"][0] - second["weights"][1])
+    assert ramped < weights + spread < constant         # which is still the teacher
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run of before there was a ramp-up, whole."""
+    folder = tmp_path_factory.mktemp("plain")
+    train.main(["--stage", "1", *TINY, "--iterations", "7", "--folder", str(folder),
+                "--ema-rampup", "0"])
+    return folder
+
+
+def test_a_run_whose_configuration_lacks_a_field_goes_on_as_it_began(plain, tmp_path):
+    begun = ["--stage", "1", *TINY, "--folder", str(tmp_path)]
+    train.main([*begun, "--iterations", "4", "--ema-rampup", "0"])
+    path = tmp_path / "stage1" / "config.json"
+    written = json.loads(path.read_text())
+    for name in ("ema_rampup", "adapted_noises", "adapted_rate", "noise_range"):
+        del written["config"][name]
+    written["config"]["iterations"] = 7
+    path.write_text(json.dumps(written))
+    train.main([*begun, "--iterations", "7"])                   # the row has a ramp-up now
+    assert json.loads(path.read_text())["config"]["ema_rampup"] == 0
+    assert same(state(plain), state(tmp_path))
+
+
+def test_the_ramp_up_moves_the_average_alone_and_resumes_to_the_bit(plain, tmp_path):
+    whole, twice = tmp_path / "whole", tmp_path / "twice"
+    for folder, counts in ((whole, ["7"]), (twice, ["3", "7"])):
+        for count in counts:
+            train.main(["--stage", "1", *TINY, "--iterations", count,
+                        "--folder", str(folder), *["--force"] * (count != counts[0])])
+    assert same(state(whole), state(twice))
+    train.main(["--stage", "1", *TINY, "--iterations", "7", "--folder", str(tmp_path / "row")])
+    ramped, constant = state(tmp_path / "row"), state(plain)
+    moved = {name.split(".")[0] for name, value in ramped.items()
+             if not torch.equal(value, constant[name])}
+    assert moved == {"ema"}
+
+
+# ---- What has been spent ----
+
+@pytest.mark.parametrize("argv, each", [
+    # The student's turn, then the others: a forward 1, back through frozen weights 2, trained 3.
+    (["--stage", "1", "--loss", "dm", "--ttur", "2"], [3 + 1 + 1 + 3, 1 + 3]),
+    (["--stage", "1", "--ttur", "2"], [3 + 2 + 2 + 3, 1 + 3]),
+    (["--stage", "3", "--ttur", "2"], [2 + 9 + 2 + 2 + 3, 2 + 1 + 3]),
+    (["--stage", "1", "--ttur", "1", "--adapted-noises", "3"], [3 + 2 + 2 + 9] * 2)])
+def test_passes_are_those_of_the_iterations(argv, each):
+    (_, config, options), = parse([*argv, "--batch", "4"])
+    passes = Passes(train.iteration_of(config), config, options.network)
+    assert [passes.until(n) for n in (1, 2, 5)] == [
+        4 * each[0], 4 * sum(each), 4 * (3 * each[0] + 2 * each[1])]
+
+
+def test_passes_are_counted_from_the_loop_also_where_a_step_is_drawn_and_pairs_are_made():
+    (_, config, options), = parse(["--method", "dmd2", "--stage", "3", "--gan-weight", "0",
+                                   "--batch", "2"])
+    rehearsal = Rehearsal(train.iteration, one_image(config), options.network)
+    expected = sum(2 * one.batches * WEIGHT[one.gradient] for step in range(9)
+                   for one in rehearsal.run(step, rehearsal.optimizers()))
+    assert Passes(train.iteration, config, options.network).until(9) == expected
+    (_, config, options), = parse(["--method", "dmd"])
+    pairs = config.regression_pairs * (2 * config.regression_steps - 1)
+    assert Passes(train.iteration, config, options.network).until(0) == pairs
+
+
+def test_quality_stands_beside_what_it_cost_and_compare_draws_it(tmp_path):
+    train.main(["--stage", "1", *TINY, "--iterations", "4",
+                "--folder", str(tmp_path)])
+    train.main(["--stage", "1", *TINY, "--iterations", "8", "--force",
+                "--folder", str(tmp_path)])
+    folder = tmp_path / "stage1"
+    config, lines = compare.read_run(folder)
+    scored = [line for line in lines if "digits-FID@1" in line]
+    assert [line["images"] for line in scored] == [32, 64]
+    for axis in ("iterations", "images", "passes"):
+        places = dict(zip([line["iteration"] for line in lines],
+                          compare.positions(config, lines, axis, folder)))
+        for line in scored:
+            assert places[line["iteration"]] == line.get(axis, line["iteration"] + 1)
+    assert 0 < scored[0]["seconds"] <= scored[1]["seconds"]     # goes on where the first ended
+    assert checkpoint.load(folder / "latest.pt")["seconds"] >= scored[1]["seconds"] - 0.1
+    seconds, hours = (compare.positions(config, lines, axis, folder)
+                      for axis in ("seconds", "hours"))
+    assert seconds == pytest.approx([3600 * hour for hour in hours])
+
+
+# ---- Recipes ----
+
+def test_several_noise_levels_are_one_update_and_the_adapted_network_has_its_own_rate(tmp_path):
+    train.main(["--stage", "1", *TINY, "--iterations", "6", "--adapted-noises", "2",
+                "--adapted-rate", "0.5", "--folder", str(tmp_path)])
+    student, adapted = checkpoint.load(tmp_path / "stage1" / "latest.pt")["optimizers"]
+    assert {int(one["step"]) for one in student["state"].values()} == {2}
+    assert {int(one["step"]) for one in adapted["state"].values()} == {6}
+    rates = [one["param_groups"][0]["lr"] for one in (student, adapted)]
+    assert rates[1] == rates[0] / 2 > 0
+
+
+def test_each_image_has_several_noises_and_a_noise_range_is_kept():
+    (_, config, options), = parse(["--stage", "1", "--batch", "64"])
+    (_, more, _), = parse(["--stage", "1", "--batch", "64", "--adapted-noises", "2"])
+    (_, low, _), = parse(["--stage", "1", "--batch", "64", "--noise-range", "0.3", "0.4"])
+    network = Rehearsal(train.iteration, config, options.network).sources
+    sources = Sources(network.shape, KARRAS, network.conditions)
+    one, = draw(config, 0, sources, options)
+    assert one.sigma_adapted.shape == (64, 1, 1, 1, 1)
+    two, = draw(more, 0, sources, options)
+    assert two.eps_adapted.shape[:2] == (64, 2)
+    assert not torch.equal(two.eps_adapted[:, 0], two.eps_adapted[:, 1])
+    within, = draw(low, 0, sources, options)
+    at = KARRAS.at
+    assert at(0.3) <= within.sigma.min() and within.sigma.max() <= at(0.4) < one.sigma.max()
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "imagenet64", "sd15"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fast_is_a_row_changed_and_says_that_it_was_not_run(dataset, stage):
+    row, quick = (rows.find(dataset, "pmdd", stage, variant) for variant in ("", "fast"))
+    assert quick == rows.fast(row) and quick.paper_fid is None and quick.source.startswith("ours")
+    assert quick.config.batch * quick.config.iterations <= row.images / 2
+    assert "not run yet" in quick.source
+    with pytest.raises(ValueError, match="--variant fast|none for this method|there is"):
+        rows.find(dataset, "sid", 1, "fast")
+
+
+def test_every_change_has_the_passes_of_the_row():
+    row = recipes.passes_of("--dataset digits --stage 1", recipes.STUDIES["digits"].iterations)
+    for name in ("row", "noises-2", "ttur-5", "dm", "batch-half", "ttur-falls"):
+        flags, after, share = recipes.CHANGES[name]
+        count = recipes.iterations(f"digits-{name}")
+        spent = recipes.passes_of(f"--dataset digits --stage 1 {flags}", count)
+        assert spent == pytest.approx(share * row, rel=0.03), name
+        assert not after or share + recipes.CHANGES[after][2] == 1
+
+
+@pytest.mark.parametrize("name", recipes.PLAN.runs)
+def test_every_run_is_a_command_that_train_takes(name, monkeypatch):
+    monkeypatch.setattr(recipes, "iterations", lambda name: 40)
+    command, _ = recipes.commands(recipes.PLAN, name, 1)
+    (_, config, options), = parse(shlex.split(command)[2:])
+    assert config.seed == 1 and str(options.folder).endswith(f"{name}/seed1/stage{config.stage}")

@@ -1,0 +1,31 @@
+"""The network passes that a run has made so far: what its quality is held against."""
+
+from training.cost import Rehearsal, one_image, pair_passes
+from training.draws import steps_trained
+
+# What a pass costs in forward ones: back through frozen weights one more, for the gradient of
+# trained weights another.
+WEIGHT = {"none": 1, "input": 2, "weights": 3}
+
+
+class Passes:
+    """The network passes of a run so far: its preset's alone, so a resumed run counts the same."""
+
+    def __init__(self, iterate, config, network):
+        self.iterate, self.config, self.network = iterate, config, network
+        self.kinds, self.done, self.rehearsal = {}, 0, None
+        self.total = pair_passes(config)
+
+    def until(self, iterations):
+        """Of the first iterations; called with ever more of them."""
+        config = self.config
+        self.rehearsal = self.rehearsal or Rehearsal(self.iterate, one_image(config), self.network)
+        for step in range(self.done, iterations):
+            kind = steps_trained(config, step), step % config.ttur == 0
+            if kind not in self.kinds:
+                self.kinds[kind] = sum(
+                    one.batches * WEIGHT[one.gradient] for one in self.rehearsal.run(
+                        step, self.rehearsal.optimizers()) if one.role != "distance")
+            self.total += self.kinds[kind] * config.batch
+        self.done = iterations
+        return self.total
