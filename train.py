@@ -147,11 +147,9 @@ def backward(terms, losses, parts):
 # run when it next reads the values; nothing here waits for the device.
 def update(optimizer, losses, gradient_name, clip):
     """One step of AdamW; adds the gradient's norm to what is logged."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_grad_norm_(parameters, clip or math.inf)
+    norm = clip_grad_norm_(optimizer.param_groups[0]["params"], clip or math.inf)
     losses[gradient_name] = getattr(norm, "full_tensor", norm.detach)()     # of a sharded network
-    finite = torch.stack([*losses.values()]).isfinite().all()
-    optimizer.found_inf.copy_(torch.maximum(optimizer.found_inf, (~finite).float()))
+    optimizer.found_inf.logical_or_(~torch.stack([*losses.values()]).isfinite().all())
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

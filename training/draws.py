@@ -5,8 +5,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import torch
+from numpy.random import default_rng
 
 from base import distributed
 from images.augment import apply_augmentation, draw_augmentation
@@ -23,7 +23,7 @@ class Sources(NamedTuple):
 
     def take(self, files, indices):
         """Rows of real images or of pairs, as many as indices(count) gives, each with its y."""
-        *rows, index = files.take(indices(len(files)).tolist())
+        *rows, index = files.take(indices(files.count).tolist())
         conditions = files.conditions or self.conditions
         rows = [files.to_x(self.moved(row)) for row in rows]
         return *rows, conditions.embed(index if conditions.on_host else self.moved(index))
@@ -35,16 +35,15 @@ class Sources(NamedTuple):
 
 def generators(seed, step, device):
     """On the device and on the host, where indices into files are drawn; on a CPU both are one."""
-    mixed = int(np.random.default_rng([seed, step]).integers(2 ** 32))
+    mixed = int(default_rng([seed, step]).integers(2 ** 32))
     host = torch.Generator().manual_seed(mixed)
     return torch.Generator(device).manual_seed(mixed) if device.type == "cuda" else host, host
 
 
 def steps_trained(config, step):
     """How many steps the student takes, the last of which is trained: for the whole batch one."""
-    n = len(config.sigmas)
-    one = 1 + int(np.random.default_rng([config.seed, step, n]).integers(n)) if n else 0
-    return one if config.trained_step == "random" else n                    # DMD2 Sec. 4.5
+    n, last = len(config.sigmas), config.trained_step == "last"             # DMD2 Sec. 4.5
+    return n if last else 1 + int(default_rng([config.seed, step, n]).integers(n))
 
 
 def draw(config, step, sources, options):
