@@ -16,17 +16,18 @@ from base.files import ROOT
 from experiments.recorded_runs import SEEDS, Plan, Run, form_of, markdown, parse, run_all, spread
 from images.captioned import KINDS
 from images.pictures import matplotlib_pyplot
-from metrics.evaluations import read_records
 from presets.rows import find
 from weights.opening import steps_text
 
-# What it all costs: about 0.4, 0.6, 0.8 s an iteration of stages 1, 2, 3 on one thread.
-ITERATIONS = {1: 1_200, 2: 500, 3: 400}     # of a stage; steps trained together have their sum
-LONG = 800                                  # of stage 2 where the unforget weight is compared
+# What it all costs: 0.5 to 0.7, 0.8 to 1.0, 1.0 to 1.4 s an iteration of stages 1, 2, 3 on one
+# thread, the less the fewer run beside it.
+ITERATIONS = {1: 400, 2: 200, 3: 150}       # of a stage; steps trained together have their sum
+LONG = 240                                  # of stage 2 where the unforget weight is compared
 PAIRS = 1_000                               # of DMD's regression
 IMAGES, EACH = 2_000, 1_000                 # of each figure; of each kind of captions
-SCORED = 1_000                              # images, four times in a run, eight in the long ones
-HEUN, COARSE, FINE = "1 2 3 5 9 25", 9, 25  # steps of the teacher: 2n - 1 evaluations
+SCORED = 1_000                              # images, twice in a run, four times in the long ones
+HEUN, COARSE = "1 2 3 5 9 25", 9            # steps of the teacher: 2n - 1 evaluations
+EVALUATIONS = 2 * COARSE - 1                # where there is one figure of it
 
 GUIDANCE = find("emoji", "pmdd", 1).config.guidance
 GUIDANCES = (1, 1.75, 3, 5, 8)
@@ -36,30 +37,28 @@ HELD_OUT = tuple(kind for kind in KINDS if kind != "training")
 ALL_KINDS = ("teacher", "pmdd-3")           # runs that are asked for every kind of captions
 
 
-def progressive(prefix, flags="", seeds=SEEDS):
-    return {f"{prefix}-{k}": Run(f"--stage {k} {flags}".strip(), f"{prefix}-{k - 1}" * (k > 1),
-                                 seeds) for k in ITERATIONS}
-
-
 def guided(weight):
     """The one-step student of this guidance."""
-    return {GUIDANCE: "pmdd-1", 1: "unguided-1"}.get(weight, f"guidance-{weight}")
+    return "pmdd-1" if weight == GUIDANCE else f"guidance-{weight}"
 
 
 RUNS = {
     "teacher": Run("", seeds=SEEDS[:1]),    # evaluated alone
     # DMD2 without GAN at one step is PMDD's stage 1, to the last flag.
-    **progressive("pmdd"),
-    **progressive("unguided", "--guidance 1"),
+    **{f"pmdd-{k}": Run(f"--stage {k} --guidance {GUIDANCE}", f"pmdd-{k - 1}" * (k > 1))
+       for k in ITERATIONS},
+    "unguided-2": Run("--stage 2 --guidance 1", "pmdd-1"),
+    "unguided-3": Run("--stage 3 --guidance 1", "unguided-2"),
     **{f"dmd2-{k}": Run(f"--method dmd2 --stage {k}", stages=k) for k in (2, 3)},
     "dmd2-gan": Run("--method dmd2 --variant gan"),
     "dmd": Run(f"--method dmd --regression-pairs {PAIRS}"),
     "sid": Run("--method sid"),
     # One seed: the unforget weight, PMDD Table 6 and Figure 3; guidance.
-    **{f"beta-{beta}-{sampling}": Run(f"--stage 2 --unforget-weight {beta} --{sampling}", "pmdd-1",
-                                      SEEDS[:1]) for beta in WEIGHTS for sampling in SAMPLINGS},
+    **{f"beta-{beta}-{sampling}": Run(f"--stage 2 --guidance {GUIDANCE} --unforget-weight "
+                                      f"{beta} --{sampling}", "pmdd-1", SEEDS[:1])
+       for beta in WEIGHTS for sampling in SAMPLINGS},
     **{guided(weight): Run(f"--stage 1 --guidance {weight}", seeds=SEEDS[:1])
-       for weight in GUIDANCES if guided(weight).startswith("guidance")}}
+       for weight in GUIDANCES if weight != GUIDANCE}}
 
 
 # ---- Running ----
@@ -67,10 +66,10 @@ RUNS = {
 def iterations(name):
     """Of a run, and from one evaluation to the next."""
     if name.startswith("beta"):
-        return LONG, LONG // 8
+        return LONG, LONG // 4
     stages = range(1, RUNS[name].stages + 1) if RUNS[name].stages > 1 else [RUNS[name].stage]
     total = sum(ITERATIONS[k] for k in stages)
-    return total, total // 4
+    return total, total // 2
 
 
 def commands(plan, name, seed):
@@ -78,14 +77,14 @@ def commands(plan, name, seed):
     row = plan.runs[name]
     what = (f"--dataset emoji --guidance {GUIDANCE:g} --heun" if name == "teacher" else
             f"--checkpoint {plan.best(name, seed)}")
-    kinds = [f"python evaluate.py {what}{f' {FINE}' * (name == 'teacher')} --prompts {kind} "
+    kinds = [f"python evaluate.py {what}{f' {COARSE}' * (name == 'teacher')} --prompts {kind} "
              f"--n {EACH} --out {plan.record(name, seed, f'{kind}.json')}"
              for kind in HELD_OUT if name in ALL_KINDS]
     if name == "teacher":
         trade = [f"python evaluate.py --dataset emoji --heun {COARSE} --guidance {weight} "
                  f"--n {IMAGES} --out {plan.record(name, seed, f'guidance-{weight}.json')}"
-                 for weight in GUIDANCES]
-        return [*kinds, *trade, f"python evaluate.py {what} {HEUN} --repeats 3 --n {IMAGES} "
+                 for weight in GUIDANCES if weight != GUIDANCE]
+        return [*kinds, *trade, f"python evaluate.py {what} {HEUN} --n {IMAGES} "
                                 f"--out {plan.record(name, seed)}"]
     start = f" --start-from {plan.best(row.after, seed)}" if row.after else ""
     total, every = iterations(name)
@@ -107,8 +106,9 @@ def emoji_methods():
     """PMDD Table 2."""
     rows = [row(f"PMDD, guidance {GUIDANCE:g}, {steps_text(k)}", f"pmdd-{k}", k, paper)
             for k, paper in ((1, "10.41; 0.302"), (2, "8.63; 0.30"), (3, "8.50; 0.302"))]
-    rows += [row(f"PMDD, guidance 1, {steps_text(k)}", f"unguided-{k}", k, paper)
-             for k, paper in ((1, "-"), (2, "-"), (3, "8.26; 0.298"))]
+    rows += [row(f"PMDD, guidance {GUIDANCE:g}, then 1, {steps_text(k)}", f"unguided-{k}", k, paper)
+             for k, paper in ((2, "-"), (3, "8.26; 0.298 (guidance 1)"))]
+    rows += [row("PMDD, guidance 1, 1 step", guided(1), 1, "-")]
     rows += [row(f"DMD2 without GAN, {text}", name, k, paper) for k, name, text, paper in (
         (1, "pmdd-1", "1 step: PMDD's stage 1", "9.35; 0.304"),
         (2, "dmd2-2", "2 steps together", "10.44; 0.301"),
@@ -156,17 +156,19 @@ def at_the_end(name):
     return ", ".join(f"{value:.1%}" for value in ends)
 
 
+def file_of(weight):
+    """Where the teacher's figures of this guidance are."""
+    return "evaluation.json" if weight == GUIDANCE else f"guidance-{weight}.json"
+
+
 def emoji_guidance():
     """What the papers draw with the CLIP score."""
     def of_teacher(weight):
-        path = ROOT / PLAN.record("teacher", 0, f"guidance-{weight}.json")
-        if not PLAN.done("teacher"):
-            return ["not run"] * 2
-        figures = read_records(path)[0]["figures"]
-        return [form_of(what).format(figures[what]["mean"]) for what in (PLAN.metric, PLAN.share)]
+        return [cell("teacher", EVALUATIONS, what, file_of(weight))
+                for what in (PLAN.metric, PLAN.share)]
 
     return markdown(
-        ["guidance", f"teacher, {2 * COARSE - 1} evaluations: emoji-FID", "right picture",
+        ["guidance", f"teacher, {EVALUATIONS} evaluations: emoji-FID", "right picture",
          "one step: emoji-FID", "right picture"],
         [[f"{weight:g}", *of_teacher(weight), *row("", guided(weight), 1)[1:]]
          for weight in GUIDANCES])
@@ -174,7 +176,7 @@ def emoji_guidance():
 
 def emoji_held_out():
     """Right pictures for captions of every kind."""
-    rows = [(f"teacher, {2 * FINE - 1} evaluations", "teacher", 2 * FINE - 1)]
+    rows = [(f"teacher, {EVALUATIONS} evaluations", "teacher", EVALUATIONS)]
     rows += [(f"student, {steps_text(k)}", "pmdd-3", k) for k in (3, 2, 1)]
     return markdown(
         ["right picture", *(kind.replace("-", " ") for kind in HELD_OUT)],
@@ -213,12 +215,11 @@ def trade_offs():
     """(right picture, emoji-FID) of each guidance, of the teacher and the one-step student."""
     found = {}
     for weight in GUIDANCES:
-        for text, name, file in (("teacher", "teacher", f"guidance-{weight}.json"),
-                                 ("student, 1 step", guided(weight), "evaluation.json")):
+        for text, name, steps, file in (("teacher", "teacher", EVALUATIONS, file_of(weight)),
+                                        ("student, 1 step", guided(weight), 1, "evaluation.json")):
             if PLAN.done(name):
-                figures = PLAN.scores(name, 0, file)[0][1]
-                found.setdefault(text, []).append(
-                    (figures["right_picture"]["mean"], figures["emoji-FID"]["mean"]))
+                found.setdefault(text, []).append([PLAN.score(name, 0, steps, what, file)
+                                                   for what in (PLAN.share, PLAN.metric)])
     return found
 
 

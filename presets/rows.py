@@ -67,10 +67,9 @@ SDXL_DMD2 = replace(SD15_DMD2, dataset="sdxl", teacher=SDXL.teacher, guidance=8.
 SDXL_ONE = replace(SDXL_DMD2, stage=1, sigmas=SDXL_ONE_SIGMA, trained_step="last")
 
 # ---- Emoji: ours, Stable Diffusion's rows for minutes on one CPU core ----
-EMOJI_ROW = replace(SD15_ROW, dataset="emoji", teacher=EMOJI.teacher, guidance=3.0,
-                    iterations=1_600, batch=32, learning_rate=5e-4, final_rate=0.2, ttur=5,
-                    ema_halflife=2_000, ema_rampup=0.1, evaluate_every=400, evaluate_images=1_000,
-                    save_every=200)
+EMOJI_ROW = replace(SD15_ROW, dataset="emoji", teacher=EMOJI.teacher, iterations=1_600, batch=32,
+                    learning_rate=5e-4, final_rate=0.2, ttur=5, ema_halflife=2_000, ema_rampup=0.1,
+                    evaluate_every=400, evaluate_images=1_000, save_every=200)
 OURS_TEXT = "ours, for the embedded emoji"
 
 # (dataset, method, stage, variant) -> row. The variant is --variant, "" without it.
