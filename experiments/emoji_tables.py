@@ -30,6 +30,7 @@ HEUN, COARSE = "1 2 3 5 9 25", 9            # steps of the teacher: 2n - 1 evalu
 EVALUATIONS = 2 * COARSE - 1                # where there is one figure of it
 
 GUIDANCE = find("emoji", "pmdd", 1).config.guidance
+PAPER = "--guidance {} --noise-range 0.02 0.98"     # as PMDD has them: the rows of emoji differ
 GUIDANCES = (1, 1.75, 3, 5, 8)
 WEIGHTS = ("0", "0.01", "0.1", "0.3", "1", "3", "10")
 SAMPLINGS = ("external-sampling", "no-external-sampling")
@@ -45,17 +46,17 @@ def guided(weight):
 RUNS = {
     "teacher": Run("", seeds=SEEDS[:1]),    # evaluated alone
     # DMD2 without GAN at one step is PMDD's stage 1, to the last flag.
-    **{f"pmdd-{k}": Run(f"--stage {k} --guidance {GUIDANCE}", f"pmdd-{k - 1}" * (k > 1))
-       for k in ITERATIONS},
-    "unguided-2": Run("--stage 2 --guidance 1", "pmdd-1"),
-    "unguided-3": Run("--stage 3 --guidance 1", "unguided-2"),
+    "pmdd-1": Run(f"--stage 1 --guidance {GUIDANCE}"),
+    **{f"pmdd-{k}": Run(f"--stage {k} {PAPER.format(GUIDANCE)}", f"pmdd-{k - 1}") for k in (2, 3)},
+    "unguided-2": Run(f"--stage 2 {PAPER.format(1)}", "pmdd-1"),
+    "unguided-3": Run(f"--stage 3 {PAPER.format(1)}", "unguided-2"),
     **{f"dmd2-{k}": Run(f"--method dmd2 --stage {k}", stages=k) for k in (2, 3)},
     "dmd2-gan": Run("--method dmd2 --variant gan"),
     "dmd": Run(f"--method dmd --regression-pairs {PAIRS}"),
     "sid": Run("--method sid"),
     # One seed: the unforget weight, PMDD Table 6 and Figure 3; guidance.
-    **{f"beta-{beta}-{sampling}": Run(f"--stage 2 --guidance {GUIDANCE} --unforget-weight "
-                                      f"{beta} --{sampling}", "pmdd-1", SEEDS[:1])
+    **{f"beta-{beta}-{sampling}": Run(f"--stage 2 {PAPER.format(GUIDANCE)} "
+                                      f"--unforget-weight {beta} --{sampling}", "pmdd-1", SEEDS[:1])
        for beta in WEIGHTS for sampling in SAMPLINGS},
     **{guided(weight): Run(f"--stage 1 --guidance {weight}", seeds=SEEDS[:1])
        for weight in GUIDANCES if weight != GUIDANCE}}

@@ -67,9 +67,12 @@ SDXL_DMD2 = replace(SD15_DMD2, dataset="sdxl", teacher=SDXL.teacher, guidance=8.
 SDXL_ONE = replace(SDXL_DMD2, stage=1, sigmas=SDXL_ONE_SIGMA, trained_step="last")
 
 # ---- Emoji: ours, Stable Diffusion's rows for minutes on one CPU core ----
-EMOJI_ROW = replace(SD15_ROW, dataset="emoji", teacher=EMOJI.teacher, iterations=1_600, batch=32,
+EMOJI_ROW = replace(SD15_ROW, dataset="emoji", teacher=EMOJI.teacher, iterations=1_200, batch=32,
                     learning_rate=5e-4, final_rate=0.2, ttur=5, ema_halflife=2_000, ema_rampup=0.1,
-                    evaluate_every=400, evaluate_images=1_000, save_every=200)
+                    evaluate_every=300, evaluate_images=1_000, save_every=100)
+# A later step has little noise to remove: guidance and far noise would spoil what is there.
+EMOJI_LATER = dict(iterations=400, learning_rate=3e-4, final_rate=0.0, evaluate_every=200,
+                   unforget_weight=0.3)
 OURS_TEXT = "ours, for the embedded emoji"
 
 # (dataset, method, stage, variant) -> row. The variant is --variant, "" without it.
@@ -185,10 +188,10 @@ PRESETS = {
 
     ("emoji", "pmdd", 1, ""): Preset(EMOJI_ROW, OURS_TEXT, CPU, None),
     ("emoji", "pmdd", 2, ""): Preset(
-        later(EMOJI_ROW, 2, iterations=800, learning_rate=3e-4, unforget_weight=0.3),
+        later(EMOJI_ROW, 2, **EMOJI_LATER, guidance=1.25, noise_range=(0.02, 0.8)),
         OURS_TEXT, CPU, None),
     ("emoji", "pmdd", 3, ""): Preset(
-        later(EMOJI_ROW, 3, iterations=800, learning_rate=3e-4, unforget_weight=0.3),
+        later(EMOJI_ROW, 3, **EMOJI_LATER, guidance=1.4, noise_range=(0.02, 0.6)),
         OURS_TEXT, CPU, None),
     ("emoji", "dmd", 1, ""): Preset(
         replace(EMOJI_ROW, **DMD, regression_pairs=2_000), OURS_TEXT, CPU, None),

@@ -259,7 +259,7 @@ STAGE_0 = ("--dataset", "digits", "--stage", "0")
 OTHER = {"teacher": "other.pt", "start_from": "start.pt", "sigmas": (70.0, 1.5),
          "betas": (0.1, 0.2), "trained_step": "random", "loss": "dm", "dm_weighting": "sigma3",
          "external_sampling": False, "channel_mult": (1, 1), "attn_resolutions": (4,),
-         "dropout": 0.25, "model_channels": 8}
+         "dropout": 0.25, "model_channels": 8, "noise_range": (0.1, 0.9)}
 
 
 def another(name, value):
