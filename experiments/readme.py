@@ -7,10 +7,11 @@ import ast
 import re
 import textwrap
 from functools import partial
+from pathlib import Path
 
 from base.download import PUBLISHED
 from base.errors import Parser, UserError, run
-from base.files import ROOT, write_atomically
+from base.files import ROOT, read_json, write_atomically
 from experiments import digits_tables as tables, speed_tables
 from experiments.recorded_runs import markdown
 from experiments.speed_tables import result
@@ -18,6 +19,7 @@ from images.captioned import KINDS
 from metrics.emoji_judge import load_emoji_network
 from metrics.evaluations import cell, records_under, table
 from presets.rows import PRESETS
+from training.run_folder import read_metrics
 from weights.opening import steps_text
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -159,6 +161,31 @@ def emoji_embedded():
     return markdown(["", "emoji-FID", *(kind.replace("-", " ") for kind in KINDS)], rows)
 
 
+def emoji_steps():
+    """How guidance and noise of each stage move the student: of its newest evaluation."""
+    study = ROOT / "results" / "emoji" / "study"
+
+    def chain(run, stage):
+        """The configurations of a run's stages."""
+        config = read_json(study / run / stage / "config.json")["config"]
+        before = Path(config["start_from"]).parts[1:3] or (run, f"stage{config['stage'] - 1}")
+        return [*(chain(*before) if config["stage"] > 1 else ()), config]
+
+    rows = []
+    for folder in sorted(study.glob("*/stage*"), key=lambda path: (path.name, path.parent.name)):
+        configs, scored = chain(folder.parent.name, folder.name), [
+            line for line in read_metrics(folder / "metrics.jsonl") if "emoji-FID@1" in line]
+        far = (one["noise_range"][1] if one.get("noise_range") else 0.98 for one in configs)
+        figures = [f"{scored[-1][f'{name}@{k}']:{form}}" if k <= len(configs) else "-"
+                   for name, form in (("emoji-FID", ".1f"), ("right_picture", ".1%"))
+                   for k in (1, 2, 3)]
+        rows.append([", ".join(f"{one['guidance']:g}" for one in configs),
+                     ", ".join(f"{share:g}" for share in far),
+                     ", ".join(f"{one['iterations']:,}" for one in configs), *figures])
+    return markdown(["guidance of the stages", "noise up to", "iterations", "emoji-FID: 1 step",
+                     "2", "3", "right picture: 1 step", "2", "3"], rows)
+
+
 def evaluations(folder):
     """Every row that evaluate.py recorded there, and the protocols that they stand for."""
     return table(records_under([ROOT / "results" / folder])).replace("\nProtocol", "\n- Protocol")
@@ -234,8 +261,8 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_ffhq64": partial(presets, "ffhq64"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
-             emoji_judge, emoji_embedded, iteration, deviations, rooms, files, published, summary,
-             heldout, soak)},
+             emoji_judge, emoji_embedded, emoji_steps, iteration, deviations, rooms, files,
+             published, summary, heldout, soak)},
          **speed_tables.TABLES, **tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}
