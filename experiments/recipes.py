@@ -4,7 +4,7 @@
     python -m experiments.recipes --only digits-row digits-noises-2 --seeds 0
     python -m experiments.recipes --pictures        results/recipes/*.png of them (needs matplotlib)
 
-All changes of stage 1 have the same network passes, counted by training.passes; the whole recipes
+All changes have the same network passes, counted by training.passes; the whole recipes
 have their own. Each run is a command of train.py and one of evaluate.py, on one thread.
 """
 
@@ -16,8 +16,9 @@ from typing import NamedTuple
 from base.errors import run
 from base.files import ROOT
 from experiments.compare import positions, read_run
-from experiments.recorded_runs import Plan, Run, markdown, parse, run_all, spread
+from experiments.recorded_runs import Plan, Run, markdown, parse, run_all
 from images.pictures import matplotlib_pyplot
+from presets.rows import find
 from train import iteration
 from training.options import parse as stages_of
 from training.passes import Passes
@@ -30,48 +31,74 @@ class Study(NamedTuple):
     share: str                  # the second figure
     iterations: int             # of the row's stage 1: their passes are what every change has
     images: int                 # of a figure
-    target: str                 # records of the student whose quality is to be reached
+    fewer: int                  # updates of the adapted network for one of the student: TTUR
+    more: int
+    only: dict                  # changes that only this one has
+    near: str                   # flags of a later stage that looks at no noise far above its own
+    far: str                    # and of one that does
 
 
-STUDIES = {"digits": Study("digits-FID", "right_class", 1_000, 20_000, "results/embedded")}
+STUDIES = {
+    "digits": Study("digits-FID", "right_class", 500, 20_000, 1, 5, {
+        "dm": ("--loss dm", "", 1), "dm-low-noise": ("--loss dm --noise-range 0.02 0.7", "", 1),
+        "sid-low-noise": ("--noise-range 0 0.6", "", 1),
+        "sid-high-noise": ("--noise-range 0.2 0.9", "", 1)},
+        near="--noise-range 0 0.6", far=""),
+    "emoji": Study("emoji-FID", "right_picture", 240, 2_000, 2, 10, {
+        "dm-low-noise": ("--noise-range 0.02 0.8", "", 1),
+        "dm-high-noise": ("--noise-range 0.2 0.98", "", 1)},
+        near="", far="--noise-range 0.02 0.98")}
 
-# Of stage 1: name -> (flags, the change that comes first, its share of the passes).
-CHANGES = {
-    "row": ("", "", 1),
-    "noises-2": ("--adapted-noises 2", "", 1),
-    "noises-4": ("--adapted-noises 4", "", 1),
-    "noises-2-ttur-1": ("--ttur 1 --adapted-noises 2", "", 1),  # a roll-out less
-    "ttur-1": ("--ttur 1", "", 1),
-    "ttur-5": ("--ttur 5", "", 1),
-    "ttur-falls-first": ("--ttur 5 --final-rate 0.5", "", 0.5),
-    "ttur-falls": ("--ttur 1 --learning-rate 2e-4", "ttur-falls-first", 0.5),
-    "ttur-rises-first": ("--ttur 1 --final-rate 0.5", "", 0.5),
-    "ttur-rises": ("--ttur 5 --learning-rate 2e-4", "ttur-rises-first", 0.5),
-    "adapted-rate-half": ("--adapted-rate 0.5", "", 1),
-    "adapted-rate-twice": ("--adapted-rate 2", "", 1),
-    # The student's rate is as good as none.
-    "adapted-alone-first": ("--learning-rate 4e-12 --adapted-rate 1e8 --ema-halflife 0", "", 0.05),
-    "adapted-alone": ("", "adapted-alone-first", 0.95),
-    "rate-to-zero": ("--final-rate 0", "", 1),
-    "rate-constant": ("--final-rate 1", "", 1),
-    "rate-twice": ("--learning-rate 8e-4", "", 1),
-    "dm": ("--loss dm", "", 1),
-    "dm-low-noise": ("--loss dm --noise-range 0.02 0.7", "", 1),
-    "sid-low-noise": ("--noise-range 0 0.6", "", 1),
-    "sid-high-noise": ("--noise-range 0.2 0.9", "", 1),
-    "batch-half": ("--batch 64", "", 1),
-    "batch-twice": ("--batch 256", "", 1),
-    "batch-grows-first": ("--batch 64 --final-rate 0.5", "", 0.5),
-    "batch-grows": ("--batch 256 --learning-rate 2e-4", "batch-grows-first", 0.5)}
+
+def changes_of(dataset):
+    """Of stage 1, and of stage 2 after it: name -> (flags, the run that comes first, its share of
+    the passes)."""
+    study, row = STUDIES[dataset], find(dataset, "pmdd", 1).config
+    rate, batch = row.learning_rate, row.batch
+    # In two halves: the second goes on at the rate that the first has reached.
+    halves = {"ttur-falls": (f"--ttur {study.more}", f"--ttur {study.fewer}"),
+              "ttur-rises": (f"--ttur {study.fewer}", f"--ttur {study.more}"),
+              "batch-grows": (f"--batch {batch // 2}", f"--batch {2 * batch}")}
+    return {
+        "row": ("", "", 1),
+        "noises-2": ("--adapted-noises 2", "", 1), "noises-4": ("--adapted-noises 4", "", 1),
+        # As many updates of the adapted network, and a roll-out less.
+        "noises-2-ttur-fewer": (f"--adapted-noises 2 --ttur {study.fewer}", "", 1),
+        "ttur-fewer": (f"--ttur {study.fewer}", "", 1),
+        "ttur-more": (f"--ttur {study.more}", "", 1),
+        "adapted-rate-half": ("--adapted-rate 0.5", "", 1),
+        "adapted-rate-twice": ("--adapted-rate 2", "", 1),
+        # The student's rate is as good as none.
+        "adapted-alone-first": ("--learning-rate 4e-12 --adapted-rate 1e8 --ema-halflife 0", "",
+                                0.05),
+        "adapted-alone": ("", "adapted-alone-first", 0.95),
+        "rate-to-zero": ("--final-rate 0", "", 1), "rate-constant": ("--final-rate 1", "", 1),
+        "rate-twice": (f"--learning-rate {2 * rate:g}", "", 1),
+        "batch-half": (f"--batch {batch // 2}", "", 1),
+        "batch-twice": (f"--batch {2 * batch}", "", 1),
+        **study.only,
+        **{f"{name}-first": (f"{first} --final-rate 0.5", "", 0.5)
+           for name, (first, _) in halves.items()},
+        **{name: (f"{second} --learning-rate {rate / 2:g}", f"{name}-first", 0.5)
+           for name, (_, second) in halves.items()},
+        "near": (f"--stage 2 {study.near}".strip(), "row", 1),
+        "far": (f"--stage 2 {study.far}".strip(), "row", 1)}
+
+
+CHANGES = {dataset: changes_of(dataset) for dataset in STUDIES}
 # Whole: the published methods as their rows are, and fast.
 WHOLE = {"pmdd": (3, ""), "fast": (3, "--variant fast"), "dmd": (1, "--method dmd"),
          "dmd2": (1, "--method dmd2"), "sid": (1, "--method sid")}
 
 
+def flags_of(dataset, flags):
+    stage = "" if "--stage" in flags else " --stage 1"
+    return f"--dataset {dataset}{stage} {flags}".strip()
+
+
 def runs_of(dataset):
-    found = {f"{dataset}-{name}": Run(f"--dataset {dataset} --stage 1 {flags}".strip(),
-                                      f"{dataset}-{after}" * bool(after))
-             for name, (flags, after, _) in CHANGES.items()}
+    found = {f"{dataset}-{name}": Run(flags_of(dataset, flags), f"{dataset}-{after}" * bool(after))
+             for name, (flags, after, _) in CHANGES[dataset].items()}
     for name, (stages, flags) in WHOLE.items():
         for k in range(1, stages + 1):
             found[f"{dataset}-{name}-{k}"] = Run(f"--dataset {dataset} --stage {k} {flags}".strip(),
@@ -80,9 +107,9 @@ def runs_of(dataset):
 
 
 def split(name):
-    """(study, name within it)"""
+    """(data set, name within it)"""
     dataset, _, rest = name.partition("-")
-    return STUDIES[dataset], rest
+    return dataset, rest
 
 
 @cache
@@ -92,90 +119,94 @@ def passes_of(flags, iterations):
 
 
 def iterations(name):
-    """Of a change of stage 1: as many as have its share of the row's passes."""
-    study, change = split(name)
-    row, sample = f"--dataset {name.split('-')[0]} --stage 1", 100
-    each = passes_of(PLAN.runs[name].flags, sample) / sample
-    return round(CHANGES[change][2] * passes_of(row, study.iterations) / each / 10) * 10
+    """Of a change: as many as have its share of the passes of the row's stage 1."""
+    (dataset, change), sample = split(name), 100
+    each = passes_of(PLANS[dataset].runs[name].flags, sample) / sample
+    share = CHANGES[dataset][change][2]
+    return round(share * passes_of(flags_of(dataset, ""), STUDIES[dataset].iterations) / each)
 
 
 def commands(plan, name, seed):
     """What makes a run and its figures."""
-    (study, change), row = split(name), plan.runs[name]
+    (dataset, change), row = split(name), plan.runs[name]
     length, start = "", f" --start-from {plan.best(row.after, seed)}" if row.after else ""
-    if change in CHANGES:
+    if change in CHANGES[dataset]:
         count = iterations(name)
-        length = f" --iterations {count} --evaluate-every {max(count // 4, 1)}"
+        length = f" --iterations {count} --evaluate-every {max(count // 2, 1)}"
     return [f"python train.py {row.flags}{start}{length} --seed {seed} "
             f"--folder {plan.work / name / f'seed{seed}'}",
-            f"python evaluate.py --checkpoint {plan.best(name, seed)} --n {study.images} "
-            f"--out {plan.record(name, seed)}"]
+            f"python evaluate.py --checkpoint {plan.best(name, seed)} "
+            f"--n {STUDIES[dataset].images} --out {plan.record(name, seed)}"]
 
 
-PLAN = Plan({name: one for dataset in STUDIES for name, one in runs_of(dataset).items()}, commands,
-            "digits-FID", "right_class", Path("results/recipes"), Path("runs/recipes"))
+PLANS = {dataset: Plan(runs_of(dataset), commands, study.metric, study.share,
+                       Path("results/recipes"), Path("runs/recipes"))
+         for dataset, study in STUDIES.items()}
 
 
 # ---- Tables and the picture ----
 
-def changes(dataset="digits"):
+def changes(dataset):
     """One change at a time, at equal passes."""
-    followed = {after for _, after, _ in CHANGES.values()}
-    return markdown(["stage 1", "flags", "digits-FID", "right class"],
-                    [PLAN.row(name, f"{dataset}-{name}", 1)[:1] + [f"`{flags or '-'}`"]
-                     + PLAN.row(name, f"{dataset}-{name}", 1)[1:]
-                     for name, (flags, _, _) in CHANGES.items() if name not in followed])
+    plan, followed = PLANS[dataset], {after for name, (_, after, _) in CHANGES[dataset].items()
+                                      if name not in ("near", "far")}
+    rows = []
+    for name, (flags, _, _) in CHANGES[dataset].items():
+        if name not in followed - {"row"}:
+            full = f"{dataset}-{name}"
+            rows.append([name, f"`{flags or '-'}`", *plan.row("", full, plan.runs[full].stage)[1:]])
+    return markdown(["change", "flags", plan.metric, plan.share.replace("_", " ")], rows)
 
 
-def spent(name, seed):
+def spent(plan, name, seed):
     """(passes, quality at the run's own number of steps) of each evaluation, its stages before it
     included."""
-    folder, before = ROOT / PLAN.record(name, seed).parent, 0
-    if PLAN.runs[name].after:
-        before = spent(PLAN.runs[name].after, seed)[-1][0]
+    folder, before = ROOT / plan.record(name, seed).parent, 0
+    if plan.runs[name].after:
+        before = spent(plan, plan.runs[name].after, seed)[-1][0]
     config, lines = read_run(folder)
-    key = f"{split(name)[0].metric}@{config.stage}"
+    key = f"{plan.metric}@{config.stage}"
     return [(before + at, line[key]) for at, line in
             zip(positions(config, lines, "passes", folder), lines) if key in line]
 
 
-def whole(dataset="digits"):
+def whole(dataset):
     """The whole recipes: passes and what they came to."""
-    rows = []
+    plan, rows = PLANS[dataset], []
     for name, (stages, _) in WHOLE.items():
         for k in range(1, stages + 1):
             full = f"{dataset}-{name}-{k}"
-            done = PLAN.done(full)
-            passes = spread([spent(full, seed)[-1][0] / 1e6 for seed in done[:1]],
-                            "{:.1f}").removesuffix(" (one seed)") if done else "not run"
-            rows.append([f"{name}, {steps_text(k)}", passes, *PLAN.row("", full, k)[1:]])
-    return markdown(["recipe", "million passes", "digits-FID", "right class"], rows)
+            done = plan.done(full)
+            passes = f"{spent(plan, full, done[0])[-1][0] / 1e6:.1f}" if done else "not run"
+            rows.append([f"{name}, {steps_text(k)}", passes, *plan.row("", full, k)[1:]])
+    return markdown(["recipe", "million passes", plan.metric, plan.share.replace("_", " ")], rows)
 
 
-def draw(dataset="digits"):
+def draw(dataset):
     """Quality of each recipe's own number of steps against the passes so far."""
-    plt = matplotlib_pyplot()
+    plt, plan = matplotlib_pyplot(), PLANS[dataset]
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for number, (name, (stages, _)) in enumerate(WHOLE.items()):
         full = [f"{dataset}-{name}-{k}" for k in range(1, stages + 1)]
-        for seed in PLAN.done(full[0]):
-            points = [point for one in full if seed in PLAN.done(one) for point in spent(one, seed)]
+        for seed in plan.done(full[0]):
+            points = [point for one in full if seed in plan.done(one)
+                      for point in spent(plan, one, seed)]
             axis.plot(*zip(*points), color=f"C{number}", linewidth=1, marker=".",
-                      label=name if seed == PLAN.done(full[0])[0] else None)
-    axis.set(xlabel="network passes", ylabel=STUDIES[dataset].metric, yscale="log")
+                      label=name if seed == plan.done(full[0])[0] else None)
+    axis.set(xlabel="network passes", ylabel=plan.metric, yscale="log")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    figure.savefig(ROOT / PLAN.kept / f"{dataset}.png", dpi=100)
+    figure.savefig(ROOT / plan.kept / f"{dataset}.png", dpi=100)
     plt.close(figure)
 
 
 def main():
-    args = parse("recipes.py", __doc__, PLAN)
-    if args.pictures:
-        for dataset in STUDIES:
+    args = parse("recipes.py", __doc__, *PLANS.values())
+    for dataset, plan in PLANS.items():
+        if args.pictures:
             draw(dataset)
-    else:
-        run_all(args, PLAN)
+        else:
+            run_all(args, plan)
     return 0
 
 

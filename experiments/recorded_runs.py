@@ -192,11 +192,12 @@ def make_again(plan, names, seeds, jobs):
 
 # ---- Command ----
 
-def parse(prog, description, plan):
+def parse(prog, description, *plans):
+    runs = {name: one for plan in plans for name, one in plan.runs.items()}
     parser = Parser(prog=prog, description=description,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="RUN", default=list(plan.runs),
-                        help=f"these runs alone: {', '.join(plan.runs)}")
+    parser.add_argument("--only", nargs="+", metavar="RUN", default=list(runs),
+                        help=f"these runs alone: {', '.join(runs)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, metavar="K",
                         help="of training (default: 0 1 2)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(),
@@ -206,10 +207,10 @@ def parse(prog, description, plan):
     parser.add_argument("--pictures", action="store_true",
                         help="draw the pictures of them and run nothing")
     args = parser.parse_args()
-    unknown = sorted(set(args.only) - set(plan.runs))
+    unknown = sorted(set(args.only) - set(runs))
     if unknown:
-        raise UserError(f"--only {' '.join(unknown)}: there is {', '.join(plan.runs)}")
-    if not any(seed in plan.runs[name].seeds for name in args.only for seed in args.seeds):
+        raise UserError(f"--only {' '.join(unknown)}: there is {', '.join(runs)}")
+    if not any(seed in runs[name].seeds for name in args.only for seed in args.seeds):
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: none of these runs has one of "
                         f"them; there is {' '.join(map(str, SEEDS))}")
     if args.jobs < 1:
@@ -218,4 +219,5 @@ def parse(prog, description, plan):
 
 
 def run_all(args, plan):
-    (make_again if args.again else make_all)(plan, args.only, args.seeds, args.jobs)
+    names = [name for name in args.only if name in plan.runs]
+    (make_again if args.again else make_all)(plan, names, args.seeds, args.jobs)

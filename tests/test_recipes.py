@@ -170,19 +170,31 @@ def test_fast_is_a_row_changed_and_says_that_it_was_not_run(dataset, stage):
         rows.find(dataset, "sid", 1, "fast")
 
 
-def test_every_change_has_the_passes_of_the_row():
-    row = recipes.passes_of("--dataset digits --stage 1", recipes.STUDIES["digits"].iterations)
-    for name in ("row", "noises-2", "ttur-5", "dm", "batch-half", "ttur-falls"):
-        flags, after, share = recipes.CHANGES[name]
-        count = recipes.iterations(f"digits-{name}")
-        spent = recipes.passes_of(f"--dataset digits --stage 1 {flags}", count)
+@pytest.mark.parametrize("dataset, names", [
+    ("digits", ("noises-2", "ttur-falls", "near")), ("emoji", ("far",))])
+def test_every_change_has_the_passes_of_the_row(dataset, names):
+    row = recipes.passes_of(recipes.flags_of(dataset, ""), recipes.STUDIES[dataset].iterations)
+    known = recipes.CHANGES[dataset]
+    for name in names:
+        flags, after, share = known[name]
+        spent = recipes.passes_of(recipes.flags_of(dataset, flags),
+                                  recipes.iterations(f"{dataset}-{name}"))
         assert spent == pytest.approx(share * row, rel=0.03), name
-        assert not after or share + recipes.CHANGES[after][2] == 1
+        assert share == 1 or share + known[after][2] == 1
 
 
-@pytest.mark.parametrize("name", recipes.PLAN.runs)
-def test_every_run_is_a_command_that_train_takes(name, monkeypatch):
+@pytest.mark.parametrize("dataset, name", [
+    (dataset, name) for dataset, plan in recipes.PLANS.items() for name in plan.runs])
+def test_every_run_is_a_command_that_train_takes(dataset, name, monkeypatch):
     monkeypatch.setattr(recipes, "iterations", lambda name: 40)
-    command, _ = recipes.commands(recipes.PLAN, name, 1)
+    command, _ = recipes.commands(recipes.PLANS[dataset], name, 1)
     (_, config, options), = parse(shlex.split(command)[2:])
     assert config.seed == 1 and str(options.folder).endswith(f"{name}/seed1/stage{config.stage}")
+
+
+@pytest.mark.parametrize("dataset", recipes.STUDIES)
+def test_the_tables_of_recipes_leave_out_no_run(dataset, monkeypatch):
+    asked = set()
+    monkeypatch.setattr(recipes.Plan, "done", lambda plan, name: asked.add(name) or [])
+    recipes.changes(dataset), recipes.whole(dataset)
+    assert asked == {name for name in recipes.PLANS[dataset].runs if not name.endswith("-first")}
