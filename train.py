@@ -214,8 +214,8 @@ def distill(config, options, device, stop):
                        enabled=options.precision == "bf16",
                        cache_enabled=not options.shard)     # it would keep every weight whole
     iterate = iteration_of(config)
-    passes = Passes(iterate, config, options.network)
-    log = Log(config, options, device, start, best_fid, stop, scorer, passes, seconds)
+    log = Log(config, options, device, start, best_fid, stop, scorer, Passes(iterate, config),
+              seconds)
     if unscored and log.score_due(start - 1):           # stopped before it could be evaluated
         log.save(roles, optimizers, start, score=True)
 

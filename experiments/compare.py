@@ -14,11 +14,9 @@ from base.errors import Parser, UserError, run
 from base.files import write_atomically
 from images.pictures import CURVES, matplotlib_pyplot
 from presets.config import Config
-from presets.datasets import DATASETS
 from train import iteration_of
 from training.passes import Passes
 from training.run_folder import read_metrics
-from weights.checkpoint import load
 
 AXES = ("iterations", "images", "passes", "seconds", "hours")
 
@@ -38,7 +36,7 @@ def read_run(folder):
     return config, lines
 
 
-def positions(config, lines, against, folder):
+def positions(config, lines, against):
     """Where each line stands on the axis."""
     iterations = [line["iteration"] + 1 for line in lines]
     if against == "iterations":
@@ -46,10 +44,7 @@ def positions(config, lines, against, folder):
     if against == "images":
         return [n * config.batch for n in iterations]
     if against == "passes":
-        known = DATASETS.get(config.dataset)
-        network = (known.network if known else
-                   load(folder / "best.pt", needs=("network",))["network"])
-        passes = Passes(iteration_of(config), config, network)
+        passes = Passes(iteration_of(config), config)
         return [passes.until(n) for n in iterations]
     seconds, spent, last = [], 0.0, 0
     for n, line in zip(iterations, lines):
@@ -64,7 +59,7 @@ def draw(folders, against, path):
     runs = []
     for folder in folders:
         config, lines = read_run(folder)
-        runs.append((str(folder), positions(config, lines, against, Path(folder)), lines))
+        runs.append((str(folder), positions(config, lines, against), lines))
     names = sorted({n for _, _, lines in runs for line in lines for n in line if "@" in n})
     names += [name for name in CURVES if any(name in line for _, _, ls in runs for line in ls)]
     plt, rows = matplotlib_pyplot(), -(-len(names) // 3)

@@ -114,8 +114,8 @@ def split(name):
 
 @cache
 def passes_of(flags, iterations):
-    (_, config, options), = stages_of(shlex.split(flags))
-    return Passes(iteration, config, options.network).until(iterations)
+    (_, config, _), = stages_of(shlex.split(flags))
+    return Passes(iteration, config).until(iterations)
 
 
 def iterations(name):
@@ -167,7 +167,7 @@ def spent(plan, name, seed):
     config, lines = read_run(folder)
     key = f"{plan.metric}@{config.stage}"
     return [(before + at, line[key]) for at, line in
-            zip(positions(config, lines, "passes", folder), lines) if key in line]
+            zip(positions(config, lines, "passes"), lines) if key in line]
 
 
 def whole(dataset):

@@ -92,22 +92,26 @@ def test_the_ramp_up_moves_the_average_alone_and_resumes_to_the_bit(plain, tmp_p
     (["--stage", "3", "--ttur", "2"], [2 + 9 + 2 + 2 + 3, 2 + 1 + 3]),
     (["--stage", "1", "--ttur", "1", "--adapted-noises", "3"], [3 + 2 + 2 + 9] * 2)])
 def test_passes_are_those_of_the_iterations(argv, each):
-    (_, config, options), = parse([*argv, "--batch", "4"])
-    passes = Passes(train.iteration_of(config), config, options.network)
+    (_, config, _), = parse([*argv, "--batch", "4"])
+    passes = Passes(train.iteration_of(config), config)
     assert [passes.until(n) for n in (1, 2, 5)] == [
         4 * each[0], 4 * sum(each), 4 * (3 * each[0] + 2 * each[1])]
 
 
-def test_passes_are_counted_from_the_loop_also_where_a_step_is_drawn_and_pairs_are_made():
-    (_, config, options), = parse(["--method", "dmd2", "--stage", "3", "--gan-weight", "0",
-                                   "--batch", "2"])
+@pytest.mark.parametrize("argv, steps", [
+    (["--method", "dmd2", "--stage", "3", "--gan-weight", "0"], 4), (["--dataset", "emoji"], 1)])
+def test_the_smallest_network_has_the_passes_of_any(argv, steps):
+    (_, config, options), = parse([*argv, *["--stage", "1"] * ("--stage" not in argv)])
     rehearsal = Rehearsal(train.iteration, one_image(config), options.network)
-    expected = sum(2 * one.batches * WEIGHT[one.gradient] for step in range(9)
+    expected = sum(config.batch * one.batches * WEIGHT[one.gradient] for step in range(steps)
                    for one in rehearsal.run(step, rehearsal.optimizers()))
-    assert Passes(train.iteration, config, options.network).until(9) == expected
-    (_, config, options), = parse(["--method", "dmd"])
+    assert Passes(train.iteration, config).until(steps) == expected
+
+
+def test_the_teachers_passes_for_pairs_come_first():
+    (_, config, _), = parse(["--method", "dmd"])
     pairs = config.regression_pairs * (2 * config.regression_steps - 1)
-    assert Passes(train.iteration, config, options.network).until(0) == pairs
+    assert Passes(train.iteration, config).until(0) == pairs
 
 
 def test_quality_stands_beside_what_it_cost_and_compare_draws_it(tmp_path):
@@ -121,12 +125,12 @@ def test_quality_stands_beside_what_it_cost_and_compare_draws_it(tmp_path):
     assert [line["images"] for line in scored] == [32, 64]
     for axis in ("iterations", "images", "passes"):
         places = dict(zip([line["iteration"] for line in lines],
-                          compare.positions(config, lines, axis, folder)))
+                          compare.positions(config, lines, axis)))
         for line in scored:
             assert places[line["iteration"]] == line.get(axis, line["iteration"] + 1)
     assert 0 < scored[0]["seconds"] <= scored[1]["seconds"]     # goes on where the first ended
     assert checkpoint.load(folder / "latest.pt")["seconds"] >= scored[1]["seconds"] - 0.1
-    seconds, hours = (compare.positions(config, lines, axis, folder)
+    seconds, hours = (compare.positions(config, lines, axis)
                       for axis in ("seconds", "hours"))
     assert seconds == pytest.approx([3600 * hour for hour in hours])
 

@@ -33,7 +33,8 @@ class Unmoved:
 
     def __init__(self, network, keeps_gradients=False):
         self.param_groups = [{"params": list(network.parameters())}]
-        self.found_inf, self.keeps_gradients = torch.zeros((), device="meta"), keeps_gradients
+        self.found_inf = torch.zeros((), device=self.param_groups[0]["params"][0].device)
+        self.keeps_gradients = keeps_gradients
         self.moments = []
 
     def step(self):
@@ -45,9 +46,9 @@ class Unmoved:
             parameter.grad = parameter.grad if self.keeps_gradients else None
 
 
-def shapes_alone(network):
-    """A network on the meta device that can be asked without a pipeline."""
-    with torch.device("meta"):
+def shapes_alone(network, device="meta"):
+    """A network, as a rule on the meta device, that can be asked without a pipeline."""
+    with torch.device(device):
         built = untrained(network).eval()
         if "unet" in network:
             width = TOKENS * built.text_width + sum(built.y_rest)
@@ -67,10 +68,11 @@ def passed(roles, name):
 class Rehearsal:
     """A stage's networks and sources on the meta device, and the iteration that runs on them."""
 
-    def __init__(self, iterate, config, network, precision="fp32", recomputed=False):
+    def __init__(self, iterate, config, network, precision="fp32", recomputed=False,
+                 device="meta"):
         self.iterate, self.config, self.passes = iterate, config, []
-        with torch.device("meta"):
-            teacher = shapes_alone(network)
+        with torch.device(device):
+            teacher = shapes_alone(network, device)
             self.roles = roles = (assemble(config, teacher) if config.stage else
                                   Roles(trainable(teacher), copy.deepcopy(teacher)))
         roles.previous = roles.previous and copy.deepcopy(roles.previous)
@@ -95,7 +97,7 @@ class Rehearsal:
             row = np.zeros(1, [("z", np.float32, shape), ("image", np.float16, shape),
                                ("index", np.int64)])
             pair = Rows([np.broadcast_to(row, config.regression_pairs)], config.regression_pairs)
-        self.sources = Sources(shape, teacher.levels.to("meta"), teacher.conditions, images, pair)
+        self.sources = Sources(shape, teacher.levels.to(device), teacher.conditions, images, pair)
 
     def hook(self, role):
         def record(network, inputs, options, output):
