@@ -203,7 +203,7 @@ def distill(config, options, device, stop):
     """Set-up, then for each iteration: draw, iterate, log. Returns an exit code."""
     roles = load_roles(config, options, device)
     optimizers = make_optimizers(config, roles, device)
-    start, seconds, best_fid, unscored = resume(config, options, roles, optimizers)
+    before = resume(config, options, roles, optimizers)
     roles.wrap()
     if config.regression_weight:
         roles.distance = perceptual_distance(config.dataset, options.cache, device,
@@ -214,12 +214,11 @@ def distill(config, options, device, stop):
                        enabled=options.precision == "bf16",
                        cache_enabled=not options.shard)     # it would keep every weight whole
     iterate = iteration_of(config)
-    log = Log(config, options, device, start, best_fid, stop, scorer, Passes(iterate, config),
-              seconds)
-    if unscored and log.score_due(start - 1):           # stopped before it could be evaluated
-        log.save(roles, optimizers, start, score=True)
+    log = Log(config, options, device, before, stop, scorer, Passes(iterate, config))
+    if before.unscored and log.score_due(before.iterations - 1):
+        log.save(roles, optimizers, before.iterations, score=True)
 
-    for step in range(start, config.iterations):
+    for step in range(before.iterations, config.iterations):
         set_rate(config, step, optimizers)
         parts = draw(config, step, sources, options)
         losses, images = iterate(config, roles, optimizers, parts, step % config.ttur == 0,

@@ -37,7 +37,7 @@ from metrics.lpips import LPIPS
 from training import cost, options as train_options, plan, rehearsal
 from training.draws import draw, steps_trained
 from training.log import Log
-from training.roles import load_roles
+from training.roles import Before, load_roles
 
 PARTS = ("train", "memory", "sampling", "scoring")
 
@@ -61,7 +61,7 @@ class Loop:
         self.autocast = partial(torch.autocast, job.device.type, torch.bfloat16,
                                 enabled=options.precision == "bf16")
         self.iterate = train.iteration_of(config)
-        self.log = Log(config, options, job.device, 0, math.inf, stop)
+        self.log = Log(config, options, job.device, Before(), stop)
         self.log.bar.total = iterations
         self.log.bar.set_description("loop and limit")
 

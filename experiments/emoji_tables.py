@@ -146,8 +146,14 @@ def emoji_unforget_weights():
                        for k in (2, 1)),
              "; ".join(at_the_end(f"beta-{weight}-{sampling}") for sampling in SAMPLINGS),
              paper.get(weight, "-")] for weight in WEIGHTS]
-    return markdown(["beta", "external: 2 steps", "external: 1 step", "own: 2 steps", "own: 1 step",
-                     "2, 1 steps at the end: external; own", "paper, COCO: these four"], rows)
+    return of_one_seed(["beta", "external: 2 steps", "external: 1 step", "own: 2 steps",
+                        "own: 1 step", "2, 1 steps at the end: external; own",
+                        "paper, COCO: these four"], rows)
+
+
+def of_one_seed(heading, rows):
+    """As the page says beside it."""
+    return markdown(heading, rows).replace(" (one seed)", "")
 
 
 def at_the_end(name):
@@ -168,7 +174,7 @@ def emoji_guidance():
         return [cell("teacher", EVALUATIONS, what, file_of(weight))
                 for what in (PLAN.metric, PLAN.share)]
 
-    return markdown(
+    return of_one_seed(
         ["guidance", f"teacher, {EVALUATIONS} evaluations: emoji-FID", "right picture",
          "one step: emoji-FID", "right picture"],
         [[f"{weight:g}", *of_teacher(weight), *row("", guided(weight), 1)[1:]]

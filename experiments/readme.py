@@ -12,7 +12,7 @@ from pathlib import Path
 from base.download import PUBLISHED
 from base.errors import Parser, UserError, run
 from base.files import ROOT, read_json, write_atomically
-from experiments import digits_tables as tables, speed_tables
+from experiments import digits_tables as tables, emoji_tables, speed_tables
 from experiments.recorded_runs import markdown
 from experiments.speed_tables import result
 from images.captioned import KINDS
@@ -263,7 +263,7 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          **{f.__name__: f for f in (
              emoji_judge, emoji_embedded, emoji_steps, iteration, deviations, rooms, files,
              published, summary, heldout, soak)},
-         **speed_tables.TABLES, **tables.TABLES,
+         **speed_tables.TABLES, **tables.TABLES, **emoji_tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}
 

@@ -32,7 +32,7 @@ from training import log, run_folder
 from training.draws import Sources, draw
 from training.kept import Rows
 from training.options import parse
-from training.roles import Roles, assemble, load_roles, trainable
+from training.roles import Before, Roles, assemble, load_roles, trainable
 from weights import checkpoint
 
 CPU = torch.device("cpu")
@@ -718,7 +718,7 @@ def test_once_a_figure_is_not_finite_no_later_update_moves_a_weight(loss, gradie
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     config = dataclasses.replace(rows.find("digits", "pmdd", 1).config, iterations=20)
-    told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None)
+    told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", Before(), None)
     images = torch.zeros(2, 1, 8, 8)
     told.take(1, {"gradient": torch.tensor(1.0)}, images)
     told.take(2, {"gradient": torch.tensor(float("inf"))}, images)
@@ -732,7 +732,7 @@ def test_the_pace_of_a_run_leaves_its_evaluations_out(tmp_path, monkeypatch):
     config = dataclasses.replace(rows.find("digits", "pmdd", 1).config, iterations=100)
     slow = SimpleNamespace(score=lambda *args: time.sleep(0.5) or {"1": {"digits-FID": 2.0}},
                            judge=object())
-    told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", 0, 1.0, None, slow)
+    told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", Before(), None, slow)
     for name in ("payload", "save", "save_latest", "save_samples"):
         monkeypatch.setattr(log, name, lambda *args: None)
     figures, images = {"denoising": torch.tensor(1.0)}, torch.zeros(2, 1, 8, 8)

@@ -140,9 +140,8 @@ class Clock:
 class Log:
     """Progress bar, metrics.jsonl, sample grids, checkpoints: when they are due, and doing it."""
 
-    def __init__(self, config, options, device, start, best_fid, stop, scorer=None, passes=None,
-                 seconds=0.0):
-        self.config, self.folder, self.best_fid = config, options.folder, best_fid
+    def __init__(self, config, options, device, before, stop, scorer=None, passes=None):
+        self.config, self.folder, self.best_fid = config, options.folder, before.best_fid
         self.options, self.passes = options, passes
         self.scorer = scorer if scorer and scorer.judge else None
         self.device, self.stop, self.unread = device, stop, []
@@ -151,10 +150,10 @@ class Log:
         self.writes = distributed.rank() == 0
         if self.writes:                                 # nothing refuses this run any more
             write_config(self.folder, config, options)
-            self.metrics = Metrics(self.folder, start)
-        self.clock, self.last = Clock(config.batch, seconds), start
-        self.bar = progress(total=config.iterations, initial=start, desc=f"stage {config.stage}",
-                            unit="it")
+            self.metrics = Metrics(self.folder, before.iterations)
+        self.clock, self.last = Clock(config.batch, before.seconds), before.iterations
+        self.bar = progress(total=config.iterations, initial=before.iterations,
+                            desc=f"stage {config.stage}", unit="it")
 
     def due(self, step):
         return step % self.every == 0 or step + 1 == self.config.iterations

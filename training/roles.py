@@ -1,9 +1,10 @@
 """The networks of a run, each a role: what they start from, what is saved, how they resume."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
@@ -287,13 +288,20 @@ def load_optimizer(optimizer, state):
             for name, value in moments.items()} for k, moments in state["state"].items()}})
 
 
+class Before(NamedTuple):
+    """What a run has behind it when it goes on."""
+    iterations: int = 0
+    seconds: float = 0.0
+    best_fid: float = math.inf
+    unscored: bool = False              # stopped before it could be evaluated
+
+
 def resume(config, options, roles, optimizers):
-    """Load latest.pt into the roles. Returns iterations done, their seconds, the best FID, and
-    whether they have no score."""
+    """Load latest.pt into the roles; returns what came before."""
     folder = options.folder
     saved = checkpoint.load_latest(folder, say=say, needs=checkpoint.RESUMED)   # on the CPU
     if saved is None:
-        return 0, 0.0, checkpoint.best_fid(folder), False
+        return Before(best_fid=checkpoint.best_fid(folder))
     for what, digest in saved.get("made_from", {}).items():
         if digest != roles.made_from.get(what) and not options.force:
             name = {"teacher": f"--teacher {config.teacher}",
@@ -317,4 +325,4 @@ def resume(config, options, roles, optimizers):
             group.update(betas=config.betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")
     seconds = saved.get("seconds", 0.0)                 # 0 of a run that did not keep them yet
-    return saved["iteration"], seconds, checkpoint.best_fid(folder), not saved["fid"]
+    return Before(saved["iteration"], seconds, checkpoint.best_fid(folder), not saved["fid"])
