@@ -75,7 +75,7 @@ def measure(config, options):
             print({name: value[0] for name, value in curve[-1].items() if name != "iterations"})
     options.folder.mkdir(parents=True, exist_ok=True)
     save(options.folder / "best.pt", best_of(payload(
-        config, roles, optimizers, config.iterations, 0.0, {}), 0.0))
+        config, roles, optimizers, config.iterations, 0.0, 0.0, {}), 0.0))
     return curve
 
 

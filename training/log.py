@@ -225,8 +225,8 @@ class Log:
         self.best_fid = min(fid, self.best_fid)
         together = self.writes or self.options.shard    # what is sharded no rank has alone
         if together:
-            latest = payload(self.config, roles, optimizers, done, self.best_fid, scores)
-            latest["seconds"] = self.clock.all
+            latest = payload(self.config, roles, optimizers, done, self.clock.all, self.best_fid,
+                             scores)
         if self.writes:
             if better:                                  # before latest.pt, which knows of it
                 save(self.folder / "best.pt", best_of(latest, fid))

@@ -255,11 +255,11 @@ def saved_networks(roles):
     return networks
 
 
-def payload(config, roles, optimizers, iteration, best_fid, scores):
+def payload(config, roles, optimizers, iteration, seconds, best_fid, scores):
     """Everything that latest.pt holds. Of a sharded run all ranks call it, and rank 0 has it."""
     content = {"dataset": config.dataset, "method": config.method, "stage": config.stage,
                "sigmas": list(config.sigmas), "network": roles.student.config,
-               "iteration": iteration, "fid": scores, "best_fid": best_fid,
+               "iteration": iteration, "seconds": seconds, "fid": scores, "best_fid": best_fid,
                "made_from": roles.made_from, "teacher": config.teacher,
                "class_names": list(roles.class_names)}
     if config.lora:
