@@ -3,7 +3,27 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                    # several test processes may share two cores
+
+from training import log  # noqa: E402
+
+LONGEST = ("test_sharded.py", "test_train.py", "test_text_command.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process waits for another at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else 9)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves():
+    """A run that ends draws its curves: a second or more of matplotlib, of which one test knows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "draw_curves", lambda lines, path: None)
+        patch.setenv("PYTHONPATH", str(ROOT / "tests" / "without"))
+        yield

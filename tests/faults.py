@@ -262,12 +262,12 @@ class SmallDisk:
 # ---- What must be equal, and what must never be ----
 
 def plain(value):
-    """A checkpoint's content, comparable with ==: tensors to the bit."""
+    """A checkpoint's content, comparable with ==: tensors to the bit, and no clock's figure."""
     if isinstance(value, torch.Tensor):
         bits = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return str(value.dtype), tuple(value.shape), bits
     if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items() if k not in run_folder.CLOCKED}
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -276,7 +276,6 @@ def outcome(run):
     ends = {}
     for stage in sorted(Path(run).glob("stage*")):
         saved = {name: plain(checkpoint.load(stage / name)) for name in ("latest.pt", "best.pt")}
-        del saved["latest.pt"]["seconds"]
         lines = [{k: v for k, v in line.items() if k not in run_folder.CLOCKED}
                  for line in run_folder.read_metrics(stage / "metrics.jsonl")]
         pictures = {p.name: p.read_bytes() for p in sorted((stage / "samples").iterdir())}

@@ -31,7 +31,7 @@ COMMON = ("--dataset sdxl --teacher pipeline --prompts prompts.txt --batch 4 --i
           "--ttur 2 --learning-rate 1e-4 --ema-halflife 8 --device cpu")
 TERMS = {"unforget": "--stage 2 --method pmdd --loss dm --start-from start/stage1/best.pt",
          "gan": "--stage 2 --method dmd2 --data pictures --save-every 12"}
-PARTS = "--batch-per-gpu 1"
+PARTS = "--batch-per-gpu 1 --iterations 8"
 HOW = {"plain": "", "shard": "--shard", "plain-parts": PARTS,
        "shard-parts": f"--shard --recompute --ema-on-host {PARTS}"}
 

@@ -18,7 +18,7 @@ import train
 from helpers import call
 from losses import denoising_loss
 from models import AdaptedWithHead, sample_seeds, sample_student
-from training import cost, log
+from training import cost
 from training.options import parse
 from training.roles import load_roles
 from training.run_folder import read_metrics
@@ -56,7 +56,6 @@ def base(here, request):
 @pytest.fixture
 def run(here, monkeypatch):
     monkeypatch.chdir(here)
-    monkeypatch.setattr(log, "draw_curves", lambda lines, path: None)
     return lambda *argv: call(monkeypatch, train, "--dataset", "sd15", "--teacher", "sd",
                               "--prompts", "prompts.txt", *FAST, *argv)
 
@@ -191,7 +190,6 @@ def trained(here, tmp_path_factory):
     """Stages 1, 2, 3, in one process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(log, "draw_curves", lambda lines, path: None)
         assert call(patch, train, "--dataset", "sd15", "--teacher", "sd", "--prompts",
                     "prompts.txt", *FAST, "--folder", "run") == 0
     return here / "run"

@@ -32,7 +32,7 @@ from images.real import open_images
 from metrics import judge, lpips
 from metrics.evaluations import read_records
 from metrics.inception import Inception
-from training import cost, log, plan
+from training import cost, plan
 from training.log import StopSignal
 from training.options import parse
 from training.roles import Roles, trainable
@@ -107,7 +107,6 @@ def home(tmp_path_factory):
 def at_home(home):
     patch = pytest.MonkeyPatch()
     patch.chdir(home)
-    patch.setattr(log, "draw_curves", lambda lines, path: None)         # seconds of matplotlib
     patch.setattr(lpips, "load_strictly", lambda network, weights, source: None)
     patch.setattr(lpips, "read_weights", lambda path: {})
     patch.setattr(lpips, "fetch", lambda name, cache: name)             # random weights

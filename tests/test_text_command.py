@@ -102,7 +102,6 @@ def trained(here):
 def run(here, monkeypatch):
     """train.py in this process; its exit code."""
     monkeypatch.chdir(here)
-    monkeypatch.setattr(log, "draw_curves", lambda lines, path: None)       # half a second each
     return lambda *argv: call(monkeypatch, train, "--dataset", "sd15", "--teacher", "pipeline",
                               "--prompts", "prompts.txt", *FAST, *argv)
 

@@ -54,7 +54,6 @@ TRAIN = ("--stage", 1, "--batch", 8, "--folder", "run", "--evaluate-every", 0)
 def command(tmp_path, monkeypatch, capfd):
     """Runs a script in an empty folder as the shell would: exit code, what it said, its errors."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(log, "draw_curves", lambda lines, path: None)       # seconds of matplotlib
 
     def called(script, *args):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
