@@ -30,7 +30,7 @@ from training.roles import assemble, place  # noqa: E402
 COMMON = ("--dataset sdxl --teacher pipeline --prompts prompts.txt --batch 4 --iterations 20 "
           "--ttur 2 --learning-rate 1e-4 --ema-halflife 8 --device cpu")
 TERMS = {"unforget": "--stage 2 --method pmdd --loss dm --start-from start/stage1/best.pt",
-         "gan": "--stage 2 --method dmd2 --data pictures --save-every 12"}
+         "gan": "--stage 2 --method dmd2 --data pictures --iterations 14 --save-every 8"}
 PARTS = "--batch-per-gpu 1 --iterations 8"
 HOW = {"plain": "", "shard": "--shard", "plain-parts": PARTS,
        "shard-parts": f"--shard --recompute --ema-on-host {PARTS}"}
@@ -98,17 +98,16 @@ def tensors():
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 
 
-def whole_now(networks):
-    """Bytes of the weights and gradients that are whole at this moment."""
+def whole_now(modules):
+    """Bytes of the weights and gradients of sharded modules that are whole at this moment."""
     total = 0
-    for module in (m for network in networks for m in network.modules()):
-        if distributed.sharded(module):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                for one in group.fsdp_params:
-                    weight = getattr(one, "_unsharded_param", None)
-                    if weight is not None:
-                        total += weight.untyped_storage().nbytes()
-                        total += 0 if weight.grad is None else weight.grad.nbytes
+    for module in modules:
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            for one in group.fsdp_params:
+                weight = getattr(one, "_unsharded_param", None)
+                if weight is not None:
+                    total += weight.untyped_storage().nbytes()
+                    total += 0 if weight.grad is None else weight.grad.nbytes
     return total
 
 
@@ -132,9 +131,10 @@ def measured():
     optimizers, whole, held, update = train.make_optimizers(config, roles, device), [], [], (
         train.update)
     networks = [roles.student, roles.adapted, roles.teacher, roles.ema]
+    modules = [m for network in networks for m in network.modules() if distributed.sharded(m)]
 
     def see(*args):
-        whole.append(whole_now(networks))
+        whole.append(whole_now(modules))
 
     def seen(module, inputs, output):
         see()
@@ -171,7 +171,7 @@ def main(folder):
     for terms, flags in TERMS.items():
         for how, more in HOW.items():
             run(f"{terms}-{how}", flags, more)
-    with killed(25):
+    with killed(17):
         run("killed", TERMS["gan"], HOW["shard"])
     if distributed.rank() == 0:
         shutil.copytree("killed", "elsewhere")          # to be resumed by other numbers of them

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,9 @@ def test_a_run_is_made_once_and_made_again_the_same(monkeypatch, tmp_path, capsy
     recorded_runs.make_again(plan, ["pmdd-1"], (0,), 1)
     equal = "equal to the last digit"
     assert f"| `pmdd-1` | 0 | {equal} | {equal} |" in plan.compared()
+    shutil.copytree(plan.again.kept, tmp_path / "second")       # which would be the same again
+    monkeypatch.setattr(recorded_runs, "make_all", lambda again, *args: shutil.copytree(
+        tmp_path / "second", again.kept))
     log = tmp_path / "kept" / "pmdd-1" / "seed0" / "metrics.jsonl"
     lines = log.read_text().splitlines()
     log.write_text("\n".join([lines[0].replace('"iteration": ', '"iteration": 1'), *lines[1:]]))

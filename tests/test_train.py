@@ -48,12 +48,16 @@ ROLES = ("student", "adapted", "ema", "head", "optimizers")
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def save_teacher(folder, **changes):
     """A small network with weights that matter, as stage 0 would leave it."""
     torch.manual_seed(1)
-    network = EDMPrecond(**NETWORK)
+    network = EDMPrecond(**NETWORK | changes)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    path = tmp_path_factory.mktemp("teacher") / "teacher.pt"
+    path = folder / "teacher.pt"
     checkpoint.save(path, {"dataset": "digits", "method": "pmdd", "stage": 0, "sigmas": [],
                            "network": network.config, "iteration": 0, "fid": {},
                            "ema": network.state_dict()})
@@ -653,9 +657,9 @@ def other():
         7, "some.py:4 outer: 7\nsome.py:7 inner: 2")
 
 
-def test_compiled_networks_have_no_graph_breaks_and_end_where_the_others_do(
-        teacher, tmp_path, monkeypatch):
+def test_compiled_networks_have_no_graph_breaks_and_end_where_the_others_do(tmp_path, monkeypatch):
     """The graphs and their gradients are what --compile makes; the kernels are eager here."""
+    teacher = save_teacher(tmp_path, channel_mult=[1], attn_resolutions=[8])
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     for folder, more in (("a", []), ("b", ["--compile"])):
         train.main(flags(teacher, tmp_path / folder, "--stage", "1", iterations=1))
