@@ -33,8 +33,8 @@ WORDINGS = ("{emoji} on {a_colour} background", "{emoji} on {colour}",
             "{a_colour} background with {emoji}", "{emoji}, {colour} background")
 
 # What is drawn where nothing is asked for; of the last two a part was never seen in training
-SHOWN = ("a fox and a lemon on a green background", "a rocket on purple", "a strawberry on pink",
-         "a penguin and an umbrella on a blue background", "a unicorn and a rainbow on white",
+SHOWN = ("a fox and a lemon on a green background", "a balloon on purple", "a strawberry on pink",
+         "a penguin and an umbrella on a blue background", "a tree and a rainbow on white",
          "a frog and a crown, yellow background", "a panda on a white background",
          "a fox and a mushroom on a blue background")
 
