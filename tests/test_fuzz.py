@@ -522,7 +522,7 @@ FUZZED = {
                                        min_size=1, max_size=3), check_without_flags),
 }
 # Cases of the bounded part: about as many as a second has room for.
-CASES = {"train.py --dry-run": 4, "train.py": 5, "sample.py": 25, "evaluate.py": 20, "fid.py": 12,
+CASES = {"train.py --dry-run": 6, "train.py": 5, "sample.py": 25, "evaluate.py": 20, "fid.py": 12,
          "checkpoints: right checksum": 15, "weights: damaged": 15}
 
 

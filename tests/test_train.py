@@ -295,9 +295,9 @@ def test_two_processes_or_four_parts_end_where_one_process_does(teacher, tmp_pat
     for name in ("one", "two", "four"):
         if stage == 2:
             train.main(flags(teacher, tmp_path / name, "--stage", "1", iterations=1))
-    train.main(flags(teacher, tmp_path / "one", *more, iterations=10))
-    train.main(flags(teacher, tmp_path / "four", *more, "--batch-per-gpu", "2", iterations=10))
-    run_python(None, ROOT / "train.py", *flags(teacher, tmp_path / "two", *more, iterations=10),
+    train.main(flags(teacher, tmp_path / "one", *more, iterations=20))
+    train.main(flags(teacher, tmp_path / "four", *more, "--batch-per-gpu", "2", iterations=20))
+    run_python(None, ROOT / "train.py", *flags(teacher, tmp_path / "two", *more, iterations=20),
                processes=2)
     one = state(tmp_path / "one", stage)
     assert relative_difference(state(tmp_path / "two", stage), one) < 1e-5
