@@ -30,8 +30,8 @@ from training.roles import assemble, place  # noqa: E402
 COMMON = ("--dataset sdxl --teacher pipeline --prompts prompts.txt --batch 4 --iterations 20 "
           "--ttur 2 --learning-rate 1e-4 --ema-halflife 8 --device cpu")
 TERMS = {"unforget": "--stage 2 --method pmdd --loss dm --start-from start/stage1/best.pt",
-         "gan": "--stage 2 --method dmd2 --data pictures --iterations 14 --save-every 8"}
-PARTS = "--batch-per-gpu 1 --iterations 8"
+         "gan": "--stage 2 --method dmd2 --data pictures --save-every 12"}
+PARTS = "--batch-per-gpu 1"
 HOW = {"plain": "", "shard": "--shard", "plain-parts": PARTS,
        "shard-parts": f"--shard --recompute --ema-on-host {PARTS}"}
 
@@ -171,7 +171,7 @@ def main(folder):
     for terms, flags in TERMS.items():
         for how, more in HOW.items():
             run(f"{terms}-{how}", flags, more)
-    with killed(17):
+    with killed(25):
         run("killed", TERMS["gan"], HOW["shard"])
     if distributed.rank() == 0:
         shutil.copytree("killed", "elsewhere")          # to be resumed by other numbers of them

@@ -62,11 +62,11 @@ def distance(a, b):
 
 @pytest.mark.parametrize("parts", ["", "-parts"], ids=["whole", "recomputed in parts"])
 @pytest.mark.parametrize("terms", TERMS)
-def test_sharded_iterations_are_the_unsharded_ones(here, terms, parts):
+def test_twenty_sharded_iterations_are_the_unsharded_ones(here, terms, parts):
     whole, shard = (latest(here / f"{terms}-{how}{parts}") for how in ("plain", "shard"))
     start = checkpoint.load(here / "start" / "stage1" / "best.pt")
     moved = max((whole["student"][k] - v).abs().max() for k, v in start["ema"].items())
-    assert distance(whole, shard) < 1e-5 < (1e-4 if parts else 5e-4) < moved
+    assert distance(whole, shard) < 1e-5 < 5e-4 < moved
     for one, other in zip(whole["optimizers"], shard["optimizers"], strict=True):
         assert one["param_groups"] == other["param_groups"]
         for k, moments in one["state"].items():
@@ -86,7 +86,7 @@ def test_a_sharded_run_that_is_killed_goes_on_bit_for_bit(here):
 def test_it_goes_on_with_another_number_of_processes(here, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.setattr(train, "Scorer", Score)
-    assert checkpoint.load(here / "elsewhere" / "stage2" / "latest.pt")["iteration"] == 8
+    assert checkpoint.load(here / "elsewhere" / "stage2" / "latest.pt")["iteration"] == 12
     argv = [*COMMON.split(), *TERMS["gan"].split(), "--folder", "elsewhere"]
     assert call(monkeypatch, train, *argv) == 0
     assert distance(latest(here / "gan-shard"), latest(here / "elsewhere")) < 1e-5

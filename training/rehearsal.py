@@ -66,7 +66,8 @@ def passed(roles, name):
 
 
 class Rehearsal:
-    """A stage's networks and sources on the meta device, and the iteration that runs on them."""
+    """A stage's networks and sources, as a rule on the meta device, and the iteration that runs on
+    them."""
 
     def __init__(self, iterate, config, network, precision="fp32", recomputed=False,
                  device="meta"):
