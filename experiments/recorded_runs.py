@@ -61,6 +61,15 @@ class Plan:
     def record(self, name, seed, file="evaluation.json"):
         return self.kept / name / f"seed{seed}" / file
 
+    def text(self, name, seed):
+        return "\n".join(self.commands(self, name, seed)) + "\n"
+
+    def made(self, name, seed):
+        """Whether its figures are there, from the same commands."""
+        return ((ROOT / self.record(name, seed)).exists() and
+                (ROOT / self.record(name, seed, "commands.txt")).read_text() ==
+                self.text(name, seed))
+
     def done(self, name):
         """The seeds that have been run."""
         return [k for k in self.runs[name].seeds if (ROOT / self.record(name, k)).exists()]
@@ -129,23 +138,22 @@ def markdown(heading, rows):
 
 # ---- Running ----
 
-def make(plan, name, seed, needed=None):
+def make(plan, name, seed, others, needed=None):
     """Run, unless its figures are there from the same commands; keep the small files."""
     if needed:
         needed.result()
-    text = "\n".join(plan.commands(plan, name, seed)) + "\n"
-    kept = ROOT / plan.kept / name / f"seed{seed}"
-    if (kept / "evaluation.json").exists() and (kept / "commands.txt").read_text() == text:
+    commands = plan.commands(plan, name, seed)
+    if plan.made(name, seed):
+        if missed(plan, name, seed, others):
+            execute(commands[0])
         return
+    kept = ROOT / plan.kept / name / f"seed{seed}"
     kept.mkdir(parents=True, exist_ok=True)
     (kept / "evaluation.json").unlink(missing_ok=True)
     began = time.monotonic()
-    for command in text.splitlines():
-        done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, text=True,
-                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise RunFailed(f"{command}: exit code {done.returncode}: {done.stderr[-500:]}")
-        (kept / "commands.txt").write_text(text)
+    for command in commands:
+        execute(command)
+        (kept / "commands.txt").write_text(plan.text(name, seed))
     trained = (ROOT / plan.best(name, seed)).parent
     if trained.is_dir():                                    # a teacher is not trained here
         for file in ("config.json", "metrics.jsonl"):
@@ -156,6 +164,20 @@ def make(plan, name, seed, needed=None):
           flush=True)
 
 
+def missed(plan, name, seed, others):
+    """Whether its checkpoint is gone, and a run that is yet to be made starts from it."""
+    return not (ROOT / plan.best(name, seed)).exists() and any(
+        not plan.made(other, seed) or missed(plan, other, seed, others) for other in others
+        if plan.runs[other].after == name and seed in plan.runs[other].seeds)
+
+
+def execute(command):
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RunFailed(f"{command}: exit code {done.returncode}: {done.stderr[-500:]}")
+
+
 def make_all(plan, names, seeds, jobs):
     with ThreadPoolExecutor(jobs) as pool:
         started = {}
@@ -163,7 +185,7 @@ def make_all(plan, names, seeds, jobs):
             for name in names:
                 if seed in plan.runs[name].seeds:
                     needed = started.get((plan.runs[name].after, seed))
-                    started[name, seed] = pool.submit(make, plan, name, seed, needed)
+                    started[name, seed] = pool.submit(make, plan, name, seed, names, needed)
         try:
             failed = [str(one.exception()) for one in started.values() if one.exception()]
         except KeyboardInterrupt:                           # those that run end, no other begins

@@ -107,6 +107,25 @@ def test_a_run_is_made_once_and_made_again_the_same(monkeypatch, tmp_path, capsy
     assert json.loads((plan.kept / "again.json").read_text())[0] == other
 
 
+def test_what_a_run_starts_from_is_trained_again_where_only_its_record_is_left(monkeypatch,
+                                                                               tmp_path):
+    """The chain of three: the record of two, the checkpoint of none."""
+    plan = dataclasses.replace(tables.PLAN, kept=tmp_path / "kept", work=tmp_path / "work")
+    for name in ("pmdd-1", "pmdd-2"):
+        plan.record(name, 0).parent.mkdir(parents=True)
+        plan.record(name, 0).write_text("{}\n")
+        plan.record(name, 0, "commands.txt").write_text(plan.text(name, 0))
+    ran = []
+    monkeypatch.setattr(recorded_runs, "execute", ran.append)
+    names = ["pmdd-1", "pmdd-2", "pmdd-3"]
+    for name in names[:2]:
+        recorded_runs.make(plan, name, 0, names[:2])
+    assert not ran                                              # nothing starts from them
+    for name in names[:2]:
+        recorded_runs.make(plan, name, 0, names)
+    assert ran == [plan.commands(plan, name, 0)[0] for name in names[:2]]
+
+
 @pytest.mark.parametrize("argv, said", [
     (["--jobs", 0], "--jobs 0"), (["--again", "--seeds", 7], "--seeds 7: none"),
     (["--only", "dmd-sigma", "--seeds", 1], "--seeds 1: none"), (["--only", "x"], "--only x")])
