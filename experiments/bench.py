@@ -37,6 +37,7 @@ from metrics.lpips import LPIPS
 from training import cost, options as train_options, plan, rehearsal
 from training.draws import draw, steps_trained
 from training.log import Log
+from training.passes import smallest
 from training.roles import Before, load_roles
 
 PARTS = ("train", "memory", "sampling", "scoring")
@@ -79,10 +80,7 @@ class Limit:
 
     def __init__(self, loop):
         self.loop, self.job, self.calls = loop, loop.job, {}
-        config = loop.job.config
-        self.rehearsal = rehearsal.Rehearsal(loop.iterate, rehearsal.one_image(config),
-                                             loop.job.network)
-        self.passes = {}
+        self.rehearsal, self.passes = smallest(loop.iterate, loop.job.config), {}
 
     def run(self, step):
         """Seconds by part of the iteration."""
@@ -209,6 +207,8 @@ def memory(job):
     return {name: {"plan_mib": foreseen / 2 ** 20, "mib": peak / 2 ** 20,
                    "against_plan": peak / foreseen}
             for name, (foreseen, peak) in answer.get().items()}
+
+
 # ---- Command line ----
 
 def parser():

@@ -16,6 +16,7 @@ from helpers import call
 from presets.datasets import CIFAR10, DATASETS, DIGITS
 from training import cost, options, plan, rehearsal
 from training.draws import draw, steps_trained
+from training.passes import SMALLEST
 
 SMALL = DIGITS.network | {"model_channels": 8}
 DEVICE = torch.device("cpu")
@@ -95,7 +96,7 @@ def test_the_limit_has_exactly_the_passes_that_the_loop_makes(argv, tmp_path):
 
     iterate, steps = train.iteration_of(config), {step for step, _ in kinds}
     if len(steps) == 1 and config.stage:                    # of a random step only an average
-        totals = cost.totals(config, cost.count(iterate, config, here.network))
+        totals = cost.totals(config, cost.count(iterate, config, SMALLEST))
         denoised = {key: images for key, images in in_the_loop.items()
                     if key[0] != "distance" and key[2] == "denoised"}
         assert totals["images forward through a network"] == sum(denoised.values())

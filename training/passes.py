@@ -8,9 +8,14 @@ from training.draws import steps_trained
 # What a pass costs in forward ones: back through frozen weights one more, for the gradient of
 # trained weights another.
 WEIGHT = {"none": 1, "input": 2, "weights": 3}
-# Any network's passes are this one's, which takes no time.
+# Any network's passes are this one's.
 SMALLEST = dict(img_resolution=4, img_channels=1, label_dim=1, model_type="SongUNet", augment_dim=9,
                 model_channels=4, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+
+
+def smallest(iterate, config):
+    """The iteration of this preset, on a network that takes no time."""
+    return Rehearsal(iterate, replace(one_image(config), lora=0), SMALLEST, device="cpu")
 
 
 class Passes:
@@ -24,8 +29,7 @@ class Passes:
     def until(self, iterations):
         """Of the first iterations; called with ever more of them."""
         config = self.config
-        self.rehearsal = self.rehearsal or Rehearsal(
-            self.iterate, replace(one_image(config), lora=0), SMALLEST, device="cpu")
+        self.rehearsal = self.rehearsal or smallest(self.iterate, config)
         for step in range(self.done, iterations):
             kind = steps_trained(config, step), step % config.ttur == 0
             if kind not in self.kinds:
