@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import sample
 import tiny_pipelines
 import train
+from base.errors import UserError
 from helpers import call
 from losses import denoising_loss
 from models import AdaptedWithHead, sample_seeds, sample_student
@@ -23,7 +24,7 @@ from training.options import parse
 from training.roles import load_roles
 from training.run_folder import read_metrics
 from weights import checkpoint, exported
-from weights.lora import LORA_FILE, LoRA, adapted_layers, key, merge, parts_of
+from weights.lora import LORA_FILE, LoRA, adapted_layers, as_diffusers, key, merge, parts_of
 from weights.opening import open_network
 from weights.pipeline import load_teacher
 
@@ -335,6 +336,31 @@ def test_published_students_open_over_their_base_at_their_timesteps(here, tmp_pa
     found, wanted = opened.network(*inputs), expected(*inputs)
     assert (found - wanted).abs().max() < 5e-3 * wanted.abs().max()         # files of fp16
     assert (found - base(*inputs)).abs().max() > 5e-2 * wanted.abs().max()
+
+
+def test_a_lora_that_diffusers_wrote_has_the_strength_that_it_has_there(here, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = load_teacher(here / "sd").requires_grad_(False)
+    role, pipeline = moved(LoRA(base, 4)), diffusers.StableDiffusionPipeline.from_pretrained(
+        here / "sd")
+    layers = {name.removeprefix("unet."): value
+              for name, value in as_diffusers(role.state_dict(), base.unet).items()}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(adapted_layers(base.unet)))
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=layers,
+                               unet_lora_adapter_metadata=config.to_dict())
+    pipeline.load_lora_weights(tmp_path)
+    theirs, inputs = copy.deepcopy(base), asked(base)
+    theirs.unet = pipeline.unet
+    with torch.no_grad():
+        expected = theirs(*inputs)
+        found = open_network(tmp_path / LORA_FILE, base=here / "sd").network(*inputs)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (role(*inputs) - expected).abs().max() > 1e-2 * expected.abs().max()
+    config.use_rslora = True
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=layers,
+                               unet_lora_adapter_metadata=config.to_dict())
+    with pytest.raises(UserError, match="its scale is not one for all layers, nor alpha / rank"):
+        open_network(tmp_path / LORA_FILE, base=here / "sd")
 
 
 def test_a_published_student_is_sampled_and_compared_by_the_users_commands(here, monkeypatch,

@@ -18,7 +18,7 @@ from base.files import ROOT, hidden_beside
 from text_to_image import build, library, reading, require
 from weights.pipeline import load_unet, locate, read_json
 from weights import checkpoint
-from weights.lora import LORA_FILE, as_diffusers, merged, parts_in
+from weights.lora import LORA_FILE, as_diffusers, merged, parts_in, tensors_in
 
 CARD = Path(__file__).parents[1] / "assets" / "model_card.md"
 LICENCES = {"stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++",
@@ -116,10 +116,8 @@ def load_exported(folder, base=None):
     folder = Path(folder)
     sampling = read_json(folder / "sampling.json")
     if (folder / LORA_FILE).is_file():
-        with reading(folder):
-            tensors = library("safetensors.torch").load_file(folder / LORA_FILE)
         network = merged(base or sampling["base"], sampling.get("base_sha256"),
-                         parts_in(tensors, folder), folder)
+                         parts_in(tensors_in(folder / LORA_FILE), folder), folder)
     else:
         network = load_unet(folder, folder / "scheduler")
     with reading(folder / "sampling.json"):

@@ -5,13 +5,14 @@ file of adapters is read in two namings, of diffusers and of DMD2's published on
 """
 
 import copy
+import json
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from text_to_image import require
+from text_to_image import library, reading, require
 from weights.checkpoint import weights_digest
 from weights.pipeline import load_teacher
 
@@ -97,6 +98,19 @@ class LoRA(nn.Module):
 
 
 # ---- The changes of one role, as they are kept: key(layer) -> its parts. ----
+
+def tensors_in(path):
+    """Of a safetensors file; the alpha that diffusers writes beside a LoRA's, with each layer's."""
+    with reading(path), library("safetensors").safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        require(not told.get("unet.use_rslora") and not told.get("unet.alpha_pattern"),
+                "its scale is not one for all layers, nor alpha / rank")
+        if alpha := told.get("unet.lora_alpha"):
+            tensors |= {name.replace("lora_A.weight", "alpha"): torch.tensor(alpha)
+                        for name in tensors if name.endswith(".lora_A.weight")}
+    return tensors
+
 
 def parts_of(state):
     """Of a role's state dict."""

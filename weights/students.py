@@ -7,22 +7,22 @@ import torch
 
 from base.distributed import say
 from base.files import check_unpacked, shown
-from text_to_image import library, reading
+from text_to_image import reading
 from weights.checkpoint import build_network
-from weights.lora import merge, parts_in
+from weights.lora import merge, parts_in, tensors_in
 from weights.pipeline import load_teacher, teacher_configuration
 
 PUBLISHED = {"sd": [999], "xl": [999, 749, 499, 249], "xl-1step": [399]}       # timesteps
 
 
 def tensors_of(path):
-    """The tensors of a safetensors or .bin file, if they are a U-Net's under diffusers' names or a
-    LoRA's; None of any other file."""
+    """The tensors of any safetensors file, or of a .bin file with a U-Net's under diffusers' names;
+    else None."""
     path, tensors = Path(path), {}
-    with reading(path):
-        if path.suffix == ".safetensors" and path.is_file():
-            tensors = library("safetensors.torch").load_file(path)
-        elif path.suffix == ".bin" and zipfile.is_zipfile(path):
+    if path.suffix == ".safetensors" and path.is_file():
+        tensors = tensors_in(path)
+    elif path.suffix == ".bin" and zipfile.is_zipfile(path):
+        with reading(path):
             check_unpacked(path)
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             tensors = found if isinstance(found, dict) else {}
