@@ -290,9 +290,9 @@ class UNet(nn.Module):
 class EDMPrecond(nn.Module):
     """D(x, sigma, y) = c_skip x + c_out F(c_in x, c_noise, y): EDM Table 1, Eq. 7.
 
-    Takes the published constructor's arguments; `config` holds them all and rebuilds the network.
-    Of these use_fp16 and label_dropout are taken for the published files' sake and mean nothing
-    here: precision is the caller's autocast, and nothing trained here drops labels.
+    Takes the published constructor's arguments; `config` holds those that mean something here and
+    rebuilds the network. use_fp16, sigma_min, sigma_max and label_dropout are taken for the
+    published files' sake: precision is the caller's autocast, nothing trained here drops labels.
     """
 
     levels, pixels = KARRAS, staticmethod(to_uint8)

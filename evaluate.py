@@ -35,10 +35,11 @@ from images.sets import open_npz
 from metrics.clip_score import OPENCLIP, ClipScore
 from metrics.diversity import IMAGES, Diversity
 from metrics.evaluations import out_path, record, records_under, table
-from metrics.judge import (MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of, open_real,
-                           side_of)
+from metrics.judge import (HEUN_STEPS, MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of,
+                           open_real, side_of)
 from models import SEEDS, sample_every_step
-from weights.flags import LARGEST_NUMBER, Parser, check_guidance, churn_options
+from weights.flags import (LARGEST_NUMBER, Parser, check_guidance, check_sigmas, churn_options,
+                           refuse_of_teachers)
 from weights.opening import open_student, open_teacher, steps_text
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
@@ -128,6 +129,7 @@ def check(args):
     if args.repeats * (args.n or 50_000) > SEEDS:
         raise UserError(f"--repeats {args.repeats}: its seeds go beyond {SEEDS - 1:,}, from where "
                         "on torch draws the same images again")
+    check_sigmas(args.sigmas)
     churn_options(args.churn)
     check_guidance(args.guidance)
     check_side(args.side)
@@ -175,8 +177,8 @@ def open_jobs(args, device):
         student, teacher = (student, None) if student.sigmas else (None, student)
     if args.teacher or args.heun:
         teacher = open_teacher(args, student)
-    if args.guidance is not None and not teacher:
-        raise UserError("--guidance is for a teacher: a student has it in its weights")
+    if not teacher:
+        refuse_of_teachers(args)
     asked = read_captions(args.prompts, args.coco, args.n, (student or teacher).dataset)
     more = read_prompts(args.diversity) if args.diversity else []
     for opened in filter(None, (student, teacher)):
@@ -184,7 +186,7 @@ def open_jobs(args, device):
         opened.guide(args.guidance)
     jobs = [student_job(student, asked, args, device)] if student else []
     if teacher:
-        jobs += [heun_job(teacher, n, asked, args, device) for n in args.heun or [18]]
+        jobs += [heun_job(teacher, n, asked, args, device) for n in args.heun or [HEUN_STEPS]]
     return jobs
 
 

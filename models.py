@@ -75,6 +75,11 @@ def sigma_lognormal(levels, batch, generator, mean=-1.2, std=1.2):
 
 
 # The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
+def falling(sigmas):
+    """Whether these levels fall from step to step and stay above 0."""
+    return all(a > b > 0 for a, b in zip([math.inf, *sigmas], sigmas))
+
+
 KARRAS = Levels(karras(torch.arange(1000, dtype=torch.float64) / 999), karras, lambda sigma: sigma,
                 sigma_lognormal)
 

@@ -27,7 +27,8 @@ from images.pictures import comparison, grid, save_png
 from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
 from models import SEEDS, sample_student
-from weights.flags import LARGEST_NUMBER, Parser, check_guidance, check_sigmas, churn_options
+from weights.flags import (LARGEST_NUMBER, Parser, check_guidance, check_sigmas, churn_options,
+                           refuse_of_teachers)
 from weights.opening import Opened, open_network, open_student, open_teacher, steps_text
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
@@ -59,8 +60,8 @@ def parse(argv=None):
     labels.add_argument("--prompt", nargs="+", metavar="TEXT",
                         help="what a text-to-image network is asked for; --n pictures of each")
     labels.add_argument("--prompts", metavar="FILE",
-                        help="the same from a file, one a line, or a .json or .jsonl list; of "
-                             f"emoji also some captions: {', '.join(KINDS)}")
+                        help="the same from a file, one a line, or a .json or .jsonl list; with "
+                             f"--dataset emoji also some captions: {', '.join(KINDS)}")
     what.add_argument("--grid", metavar="COLUMNS[xROWS]",
                       help="shape of the picture, in seed order")
     what.add_argument("--out", help="a .png grid, .zip (EDM's layout), .npz (arr_0, arr_1), or a "
@@ -103,6 +104,8 @@ def choose_images(args):
     args.all_seeds = parse_seeds(args.seeds) if args.seeds else range(
         args.n or (args.columns * rows if rows else default))
     count = len(args.all_seeds) * len(args.all_prompts or [""])
+    if args.grid and args.all_prompts:
+        raise UserError("--grid: with prompts each has a row of its own; leave it out")
     if rows and count > args.columns * rows:
         raise UserError(f"--grid {args.grid} has no place for {count} images")
     if args.kind == "png" and count > LARGEST_GRID:
@@ -297,13 +300,16 @@ def default_path(opened, texts, compare):
 def load(source, device="cpu"):
     """A student, or a teacher, to be called: load("runs/.../best.pt")(n=16, steps=3, seed=0)."""
     opened, device = open_network(source), torch.device(device)
-    prepare(opened.network, device)
+    network = prepare(opened.network, device)
 
     def images(n=1, steps=None, seed=0, asked=None):
         """uint8 [n,C,H,W] of the seeds from `seed` on; asked: a class, or a prompt, for each."""
-        if opened.base:
-            opened.serve(asked, device)
-            asked = range(n)
+        if asked is not None and len(asked) != n:
+            raise UserError(f"asked for {len(asked)} things, n is {n}: one for each image")
+        opened.network = network                        # not guided yet
+        opened.ask(asked if opened.base else None, "asked", device)
+        opened.guide(None)
+        asked = range(n) if opened.base else asked
         sampler = heun(steps or HEUN_STEPS)
         if opened.sigmas:
             sampler = every_step(opened.first_sigmas(steps or len(opened.sigmas)))
@@ -322,8 +328,8 @@ def main(argv=None):
     for row in rows:
         row.opened.ask(args.all_prompts, "--prompt or --prompts", device)
     labels = choose_labels(args, rows[0].opened)
-    if args.guidance is not None and all(row.opened.sigmas for row in rows):
-        raise UserError("--guidance is for a teacher; a student has what it learnt in its weights")
+    if all(row.opened.sigmas for row in rows):
+        refuse_of_teachers(args)
     for row in rows:
         row.opened.guide(args.guidance)
         prepare(row.opened.network, device, args.precision, args.compile)

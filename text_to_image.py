@@ -14,7 +14,7 @@ import importlib
 import torch
 from torch import nn
 
-from base.errors import UserError, run
+from base.errors import UserError, out_of_memory, run
 from models import Levels, classes_as_conditions, sigma_grid
 
 SIZES = 6                       # SDXL's height and width, crop, height and width again
@@ -41,6 +41,8 @@ def reading(path):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"cannot load {path}: {reason(error)}") from None
 
 

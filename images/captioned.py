@@ -13,7 +13,7 @@ from base.errors import UserError
 from base.files import file_digest, shown
 from images import emoji
 from images.prompts import read_prompts
-from images.real import Images, decode, emoji_pictures, is_image, listed, open_files
+from images.real import (Images, decode, emoji_pictures, is_image, listed, open_files, slashed)
 
 COCO_CAPTIONS, COCO_PICTURES = "annotations/captions_val2014.json", "val2014"
 COCO_IMAGES = 30_000            # of the papers' figures
@@ -96,8 +96,9 @@ def open_captioned(source, size):
 def captions_of(path, names, found, read_bytes):
     """The caption of each picture, which dataset.json tells, or a .txt file beside it."""
     if "dataset.json" in found:
-        told = {name: str(caption)
-                for name, caption in (listed(path, names, read_bytes)[0] or {}).items()}
+        every = listed(path, names, read_bytes)[0] or {}
+        told = {name: every[slashed(name)] for name in names
+                if type(every.get(slashed(name))) is str}       # a number is a class
     else:
         try:
             told = {name: read_bytes(text).decode().strip() for name in names
@@ -162,8 +163,9 @@ def read_captions(prompts, coco, n, dataset=None):
     texts = read_prompts(path) if prompts else coco_captions(coco)
     n = n or min(len(texts), COCO_IMAGES)
     if not 2 <= n <= len(texts):
-        raise UserError(f"{path} has {len(texts)} captions, {max(n, 2)} images need as many; a "
-                        "smaller --n takes the first of them")
+        fewer = "; a smaller --n takes the first of them" if len(texts) > 1 else ""
+        raise UserError(f"{path}: captions: {len(texts)}, images: {max(n, 2)}, which need as many"
+                        + fewer)
     about = {"file": shown(path), "sha256": file_digest(path)}
     if not prompts:
         about["choice"] = f"one caption of each picture, drawn by seed {COCO_SEED} as their order"

@@ -69,7 +69,7 @@ def sample_block(network, seeds, sampler, asked, device, precision="fp32"):
             raise UserError(f"the images of seeds {seeds[start]} to {seeds[start + kept - 1]} are "
                             "not finite: the network's weights are damaged, or of a run that "
                             "diverged; use another checkpoint")
-        parts.append([network.pixels(x0)[:kept] for x0 in images]
+        parts.append([network.pixels(x0[:kept]) for x0 in images]
                      + ([] if index is None else [index[:kept]]))
     joined = [torch.cat(part) for part in zip(*parts)]
     return (joined, None) if index is None else (joined[:-1], joined[-1])

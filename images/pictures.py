@@ -12,24 +12,25 @@ CURVES = ("distill", "unforget", "gan", "regression", "denoising", "discriminato
           "student_gradient", "adapted_gradient", "image_mean", "image_spread")
 LABEL_WIDTH = 24                # characters of a label before it is broken
 COMPARED_COLUMNS = 10
+GAP, WHITE = 1, 255             # between images, in pixels; of what is behind them
 
 
-def grid(images, columns, scale=None, gap=1, row_labels=(), column_labels=(), background=255):
+def grid(images, columns, scale=None, row_labels=(), column_labels=()):
     """uint8 [N,C,H,W] -> PIL image, row by row; enlarged by whole pixels, never blurred."""
     images = np.asarray(images)
     N, C, H, W = images.shape
     scale = scale or max(1, 48 // H)
     rows = -(-N // columns)
-    cell_h, cell_w = H * scale + gap, W * scale + gap
-    canvas = np.full((rows * cell_h + gap, columns * cell_w + gap, C), background, np.uint8)
+    cell_h, cell_w = H * scale + GAP, W * scale + GAP
+    canvas = np.full((rows * cell_h + GAP, columns * cell_w + GAP, C), WHITE, np.uint8)
     for i, image in enumerate(images):
-        top, left = gap + i // columns * cell_h, gap + i % columns * cell_w
+        top, left = GAP + i // columns * cell_h, GAP + i % columns * cell_w
         big = image.transpose(1, 2, 0).repeat(scale, axis=0).repeat(scale, axis=1)
         canvas[top:top + H * scale, left:left + W * scale] = big
     picture = Image.fromarray(canvas[..., 0] if C == 1 else canvas)
     if row_labels:
-        picture = add_row_labels(picture, row_labels, rows, cell_h, gap, background)
-    return add_column_labels(picture, column_labels, cell_w, background)
+        picture = add_row_labels(picture, row_labels, rows, cell_h)
+    return add_column_labels(picture, column_labels, cell_w)
 
 
 def comparison(variants, texts):
@@ -37,37 +38,37 @@ def comparison(variants, texts):
     count = len(variants[0])
     blocks = -(-count // COMPARED_COLUMNS)
     columns = -(-count // blocks)
-    missing = np.full((blocks * columns - count, *variants[0].shape[1:]), 255, np.uint8)
+    missing = np.full((blocks * columns - count, *variants[0].shape[1:]), WHITE, np.uint8)
     images = np.stack([np.concatenate([images, missing]) for images in variants])
     images = images.reshape(len(variants), blocks, columns, *images.shape[2:]).swapaxes(0, 1)
     return grid(images.reshape(-1, *images.shape[3:]), columns, row_labels=texts * blocks)
 
 
-def add_row_labels(picture, labels, rows, cell_h, gap, background):
+def add_row_labels(picture, labels, rows, cell_h):
     """A column of text at the left, one label for each row or for each block of rows."""
     font = ImageFont.load_default(size=13)
     labels = ["\n".join(textwrap.wrap(label, LABEL_WIDTH)) for label in labels]
     width = max(int(font.getlength(line)) for label in labels for line in label.split("\n")) + 12
-    wide = with_margin(picture, width, 0, background)
+    wide = with_margin(picture, width, 0)
     draw, block = ImageDraw.Draw(wide), rows / len(labels) * cell_h
     for i, label in enumerate(labels):
-        draw.text((6, gap + i * block + block / 2), label, fill=0, font=font, anchor="lm")
+        draw.text((6, GAP + i * block + block / 2), label, fill=0, font=font, anchor="lm")
     return wide
 
 
-def with_margin(picture, left, top, background):
+def with_margin(picture, left, top):
     size = picture.width + left, picture.height + top
-    wide = Image.new(picture.mode, size, (background,) * len(picture.getbands()))
+    wide = Image.new(picture.mode, size, (WHITE,) * len(picture.getbands()))
     wide.paste(picture, (left, top))
     return wide
 
 
-def add_column_labels(picture, labels, cell_w, background):
+def add_column_labels(picture, labels, cell_w):
     """A line of text on top, one label over each of the last columns."""
     if not labels:
         return picture
     font, height = ImageFont.load_default(size=13), 20
-    tall = with_margin(picture, 0, height, background)
+    tall = with_margin(picture, 0, height)
     draw, left = ImageDraw.Draw(tall), picture.width - cell_w * len(labels)
     for i, label in enumerate(labels):
         draw.text((left + (i + 0.5) * cell_w, height / 2), label, fill=0, font=font, anchor="mm")

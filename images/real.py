@@ -70,9 +70,9 @@ def open_images(source, cache=None):
     return folder_or_zip(path) if zipfile.is_zipfile(path) else cifar10(path)
 
 
-def load_digits(path=DIGITS):
+def load_digits():
     """uint8 images [1797,1,8,8] in 0..255 and int64 labels [1797]."""
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(DIGITS, allow_pickle=False) as file:
         grey = np.round(file["images"] * (255 / 16)).astype(np.uint8)  # published in 0..16
         return torch.from_numpy(grey)[:, None], torch.from_numpy(file["labels"].astype(np.int64))
 
@@ -80,7 +80,7 @@ def load_digits(path=DIGITS):
 def digits():
     """1,797 handwritten digits, 8x8, 0..16 as published, here 0..255."""
     try:
-        pixels, labels = load_digits(DIGITS)
+        pixels, labels = load_digits()
     except Exception as error:              # numpy, zipfile and zlib raise many types
         raise UserError(f"{DIGITS} is damaged ({error}); it is part of the repository: git "
                         "checkout brings it back") from error
@@ -243,7 +243,7 @@ def slashed(name):
 
 
 def check_every_image(images):
-    """Each can be read and has the size of the first, before days of training meet one that not."""
+    """Each can be read and has the size of the first; known before days of training."""
     for index in progress(range(len(images)), desc="checking the images", unit="image", delay=1):
         images.read(index)
 

@@ -1,6 +1,7 @@
 """Sets of images as files that other programs read; each appears whole or not at all.
 
-`blocks` yields (seeds, [uint8 images [B,C,H,W]], classes [B] or None); it is never held as a whole.
+`blocks` yields (numbers, [uint8 images [B,C,H,W]], classes or captions [B], or None); it is never
+held as a whole.
 """
 
 import io
@@ -34,7 +35,7 @@ def dataset_json(names, classes, **more):
 
 
 def write_zip(path, blocks):
-    """EDM's layout: 00000/img00000000.png numbered in seed order, and dataset.json."""
+    """EDM's layout: 00000/img00000000.png numbered in the order given, and dataset.json."""
     def write(temporary):
         names, labels = [], []
         with zipfile.ZipFile(temporary, "w") as archive:
@@ -70,19 +71,20 @@ def write_npz(path, blocks, count):
 
 
 def write_folder(path, blocks):
-    """A PNG named after each seed, and dataset.json."""
+    """A PNG named after each number, and dataset.json."""
     names, labels = [], []
     try:
         with hidden_beside(path, folder=True) as temporary:
-            for seeds, (images,), classes in blocks:
-                for seed, image in zip(seeds, images):
-                    names.append(f"{seed:06d}.png")
+            for numbers, (images,), classes in blocks:
+                for number, image in zip(numbers, images):
+                    names.append(f"{number:06d}.png")
                     (temporary / names[-1]).write_bytes(png(image))
                 labels.extend([] if classes is None else classes)
             (temporary / "dataset.json").write_text(dataset_json(names, labels, sampled=names))
             if path.exists():
-                remove_samples(path)
-            temporary.rename(path)
+                replace_samples(path, temporary)
+            else:
+                temporary.rename(path)
             sync_folder(path.parent)
     except OSError as error:
         raise RunFailed(f"cannot write {path}: {error.strerror or error}") from error
@@ -97,13 +99,18 @@ def sampled(folder):
         return []
 
 
-def remove_samples(folder):
-    """The folder too, unless anything else has come into it since check_out."""
-    there = {path.name for path in folder.iterdir()}
-    for name in sampled(folder):
-        if name in there:                       # no way out of the folder, whatever the file says
-            (folder / name).unlink()
-    folder.rmdir()
+def replace_samples(folder, fresh):
+    """The fresh ones take the folder's name; what else has come into it since check_out stays."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    folder.rename(old)
+    fresh.rename(folder)
+    samples = sampled(old)
+    for path in list(old.iterdir()):
+        if path.name in samples:
+            path.unlink()
+        elif not (folder / path.name).exists():
+            path.rename(folder / path.name)
+    old.rmdir()
 
 
 def open_npz(path):
@@ -114,7 +121,7 @@ def open_npz(path):
                 raise ValueError(f"it holds {', '.join(file.files)}")
             pixels = file["arr_0"]
             classes = file["arr_1"] if "arr_1" in file.files else None
-    except Exception as error:  # noqa: BLE001 - zip, zlib and numpy raise many types
+    except Exception as error:              # zip, zlib and numpy raise many types
         raise UserError(f"{path}: not an npz of images arr_0 ({error})") from None
     if (pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3)
             or 0 in pixels.shape):                      # a million millions of them take no room
@@ -137,6 +144,8 @@ def kind_of(out):
 
 
 def check_out(path, kind, force):
+    if not path.name:
+        raise UserError(f"--out {path}: choose a name for a folder of its own")
     if path.is_dir() != (kind == "folder") and path.exists():
         raise UserError(f"--out {path} is {'a folder' if path.is_dir() else 'a file'}; "
                         "choose another name")

@@ -3,6 +3,7 @@
 The pipeline has the emoji's shapes and words, and random weights.
 """
 
+import json
 import shlex
 import shutil
 import sys
@@ -14,17 +15,20 @@ import evaluate
 import fid
 import sample
 import tiny_pipelines
+from base.errors import UserError
 from experiments import emoji_tables
 from experiments.emoji_text import new_text_encoder, new_tokenizer
 from helpers import ROOT, call
 from images import emoji
 from images.captioned import KINDS, prompts_for, read_captions
+from images.from_seeds import heun, sample_block
 from images.pictures import save_png
 from images.real import emoji_pictures, open_images
 from metrics.evaluations import read_records
 from metrics.judge import Judge, Scorer, perceptual_distance
 from presets.datasets import DATASETS, SD_SIGMAS
 from training import options
+from weights import opening
 from weights.exported import export
 from weights.opening import open_network
 from weights.pipeline import Pipeline, load_teacher, locate, name_of
@@ -169,6 +173,46 @@ def test_a_set_of_captions_is_drawn_where_nothing_is_asked_for(here, monkeypatch
     assert call(monkeypatch, sample, "--dataset", "emoji", "--prompts", "unseen-pair",
                 "--n", 1) == 0
     assert call(monkeypatch, sample, "--dataset", "emoji", "--class", 3) == 2
+    assert call(monkeypatch, sample, "--dataset", "emoji", "--grid", "4x2") == 2
+
+
+def test_from_python_a_student_is_asked_again_and_its_pipeline_read_once(here, assets, monkeypatch):
+    read = []
+    monkeypatch.setattr(opening, "Pipeline", lambda base: read.append(base) or Pipeline(base))
+    images, prompts = sample.load(assets / "student"), ["a fox", "a bee"]
+    both, bee = images(2, asked=prompts), images(1, seed=1, asked=prompts[1:])
+    assert both.shape == (2, 3, 32, 32) and torch.equal(bee[0], both[1]) and len(read) == 1
+    with pytest.raises(UserError, match="makes pictures from text"):
+        images(2)
+    teacher = sample.load(assets / "pipeline")
+    guided = open_network(assets / "pipeline")
+    guided.serve(prompts, CPU)
+    guided.guide(3.0)
+    expected, _ = sample_block(guided.network, range(2), heun(2), [0, 1], CPU)
+    assert torch.equal(teacher(2, steps=2, asked=prompts), expected[0])
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--checkpoint {}/student --sigmas 5 1", "has its own, [14."),
+    ("--checkpoint {}/pipeline --sigmas 5", "is a teacher"),
+    ("--checkpoint {}/student --dataset sd15", "--dataset sd15: "),
+    ("--checkpoint bset.pt --dataset emoji", "no checkpoint at bset.pt")])
+def test_a_flag_that_would_change_nothing_is_refused(flags, said, here, assets, monkeypatch,
+                                                     capsys):
+    assert said in refused(monkeypatch, capsys, sample, "--prompt", "a fox",
+                           *flags.format(assets).split())
+
+
+@pytest.mark.parametrize("change", [
+    {"base": 3}, {"timesteps": 999}, {"timesteps": []}, {"timesteps": [249, 999]},
+    {"timesteps": [999, -1]}, {"timesteps": [1000, 499]}], ids=str)
+def test_an_exported_folder_that_was_edited_wrongly_is_refused(change, here, assets, monkeypatch,
+                                                               capsys):
+    shutil.copytree(assets / "student", here / "student")
+    path = here / "student" / "sampling.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert "student/sampling.json" in refused(monkeypatch, capsys, sample, "--checkpoint",
+                                              "student", "--prompt", "a fox")
 
 
 def test_without_the_extra_one_line_says_how_to_install_it(here, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import sample
 from base import distributed
+from base.errors import UserError
 from faults import until
 from helpers import GOLDEN, ROOT, call, save_student, small_network, torchrun
 from images import from_seeds, sets
@@ -124,6 +125,30 @@ def test_npz_zip_and_folder_hold_the_images_of_the_network_called_directly(stude
         assert np.array_equal(pixels, images) and np.array_equal(drawn, classes)
     assert sorted(os.listdir("a"))[:2] == ["000005.png", "000006.png"]
     assert json.loads(Path("a/dataset.json").read_text())["labels"][0][0] == "000005.png"
+
+
+def test_a_letter_that_comes_into_the_folder_while_it_is_replaced_stays(student, monkeypatch):
+    flags = ["--checkpoint", "student.pt", "--out", "a"]
+    assert call(monkeypatch, sample, *flags, "--n", 3) == 0
+    draw = sample.draw_block
+
+    def drawn(*args, **options):
+        Path("a/letter.txt").write_text("kept")
+        return draw(*args, **options)
+
+    monkeypatch.setattr(sample, "draw_block", drawn)
+    assert call(monkeypatch, sample, *flags, "--seeds", 7, "--force") == 0
+    assert sorted(os.listdir("a")) == ["000007.png", "dataset.json", "letter.txt"]
+    assert Path("a/letter.txt").read_text() == "kept" and set(os.listdir()) == {
+        "a", "student.pt", "teacher.pt"}
+
+
+def test_from_python_each_image_is_asked_for_something_or_none_is(student):
+    images = sample.load("student.pt")
+    assert nearly_equal(images(3, asked=[7, 1, 0]).numpy(),
+                        direct(student, range(3), classes=[7, 1, 0])[0])
+    with pytest.raises(UserError, match="asked for 2 things, n is 3"):
+        images(3, asked=[7, 1])
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -267,7 +292,9 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--n 100000001 --out a.zip", "--checkpoint none.pt --out new/folder/a.png",
        "--checkpoint student.pt --class 10 --out new/folder", "--checkpoint taken",
        "--churn -1", "--churn 40 0.05", "--churn 1 2 3 4 5", "--churn nan", "--churn inf",
-       "--churn 40 0.05 50 -1", "--churn", "--guidance -1", "--guidance nan"]
+       "--churn 40 0.05 50 -1", "--churn", "--guidance -1", "--guidance nan",
+       "--checkpoint student.pt --churn 5", "--checkpoint teacher.pt --teacher --sigmas 2",
+       "--out . --force", "--grid 2x2 --prompt a b"]
 
 
 @pytest.mark.parametrize("flags", BAD)

@@ -12,6 +12,7 @@ import torch
 
 from base import distributed
 from base.errors import Parser, UserError
+from models import falling
 from presets.config import Config, Preset
 from presets.datasets import DATASETS
 from presets.rows import find
@@ -208,8 +209,7 @@ def check(config):
             "two numbers from 0 to below 1")
     require(len(config.sigmas) == config.stage, "sigmas",
             f"{config.stage} noise level{'s' * (config.stage != 1)}, one a step")
-    require(all(a > b > 0 for a, b in zip((math.inf, *config.sigmas), config.sigmas)), "sigmas",
-            "falling, above 0")
+    require(falling(config.sigmas), "sigmas", "falling, above 0")
     require(config.dropout == -1 or 0 <= config.dropout < 1, "dropout", "0 to below 1")
     require(0 <= config.augment <= 1, "augment", "0 to 1")
     require(config.evaluate_images >= 2, "evaluate_images", "whole numbers, at least 2")

@@ -11,7 +11,6 @@ from base.errors import RunFailed, UserError
 from base.files import versions, write_atomically, write_json
 from presets.config import Config
 
-LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
 CLOCKED = ("images_per_second", "seconds_left", "seconds")      # of its figures those of a clock
 
 
@@ -124,5 +123,3 @@ def read_metrics(path):
         if isinstance(values, dict) and isinstance(values.get("iteration"), int):
             lines.append(values)
     return lines
-
-

@@ -3,8 +3,6 @@
 A file is what torch.save writes plus a zip comment that holds the sha256 of all bytes before it, so
 torch.load(path, weights_only=True) reads it and every damaged byte is found. `latest.pt` is the
 newest, `previous.pt` the one before, `best.pt` the best by FID.
-
-Here is also what every other writer uses: write_atomically, and file_digest.
 """
 
 import hashlib
@@ -18,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from base.errors import RunFailed, UserError, out_of_memory
 from base.files import check_unpacked, file_digest, sync_folder, write_atomically
 from edm_networks import EDMPrecond
-from text_to_image import TextDenoiser
+from models import falling
+from text_to_image import TextDenoiser, library
 
 FORMAT = 1
 DIGEST = 64                      # hexadecimal digits of a sha256
@@ -69,7 +68,7 @@ def undamaged(path):
     return length > 0 and file_digest(path, length=length) == written.decode("ascii", "replace")
 
 
-def load(path, device="cpu", needs=()):
+def load(path, needs=()):
     """The payload of `path`, which holds at least what it `needs`; or DamagedCheckpoint."""
     path = Path(path)
     if not path.is_file():
@@ -79,7 +78,7 @@ def load(path, device="cpu", needs=()):
             raise DamagedCheckpoint(f"{path} is damaged or not one of our checkpoints "
                                     "(its checksum does not match); use another copy")
         check_unpacked(path)
-        payload = torch.load(path, map_location=device, weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True)
         ours = type(payload) is dict and bool(payload["format"] == FORMAT)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
@@ -96,8 +95,7 @@ def load(path, device="cpu", needs=()):
     if needs and not dense(payload):
         raise DamagedCheckpoint(f"{path} holds weights that are no dense floating-point numbers")
     sigmas = payload.get("sigmas", ())
-    if not (all(type(sigma) in NUMBER for sigma in sigmas)
-            and all(a > b > 0 for a, b in zip([math.inf, *sigmas], sigmas))):
+    if not (all(type(sigma) in NUMBER for sigma in sigmas) and falling(sigmas)):
         raise DamagedCheckpoint(f"{path} holds sigmas that are no numbers which fall and stay "
                                 "above 0")
     return payload
@@ -143,14 +141,14 @@ def promote(fresh):
                         "starts from it") from error
 
 
-def load_latest(folder, device="cpu", say=print, needs=()):
+def load_latest(folder, say=print, needs=()):
     """The newest undamaged checkpoint of a run, None if there is none at all."""
     # A crash between the renames of save_latest leaves newest.pt beside previous.pt.
     names = ("newest.pt", "latest.pt", "previous.pt")
     candidates = [Path(folder) / name for name in names if (Path(folder) / name).exists()]
     for path in candidates:
         try:
-            return load(path, device, needs)
+            return load(path, needs)
         except DamagedCheckpoint as error:
             say(f"warning: {error}")
     if candidates:
@@ -187,6 +185,8 @@ def untrained(config):
 
 def build_network(config, state, source):
     """The network around these very tensors: nothing is allocated or initialised twice."""
+    if "unet" in config:
+        library("diffusers")                            # where it is missing, that is what is wrong
     try:
         check_plain(config)
         with torch.device("meta"), Undrawn():

@@ -69,8 +69,7 @@ def export(network, base, sigmas, out, facts, lora=None):
 
     lora: (adapters, hash of the base's weights), in place of the network's own weights.
     """
-    out = Path(out)
-    require(not out.exists(), f"{out} exists; give a new folder")
+    out = new_folder(out)
     timesteps = network.timestep(torch.tensor(sigmas, dtype=torch.float64)).tolist()
     with hidden_beside(out, folder=True) as temporary:
         if lora:
@@ -90,8 +89,7 @@ def export(network, base, sigmas, out, facts, lora=None):
 
 def export_teacher(network, base, out):
     """A stage 0 as a pipeline: its U-Net and text encoder among the other parts of its base."""
-    out = Path(out)
-    require(not out.exists(), f"{out} exists; give a new folder")
+    out = new_folder(out)
     with hidden_beside(out, folder=True) as temporary:
         for part in locate(base, "tokenizer", "vae").iterdir():
             if part.name not in ("unet", "text_encoder"):
@@ -99,6 +97,13 @@ def export_teacher(network, base, out):
         network.unet.save_pretrained(temporary / "unet")
         network.text_encoder.save_pretrained(temporary / "text_encoder")
         publish(temporary, out)
+
+
+def new_folder(out):
+    out = Path(out)
+    require(not out.exists(), f"{out} exists; give a new folder")
+    out.resolve().parent.mkdir(parents=True, exist_ok=True)
+    return out
 
 
 def publish(temporary, out):
@@ -115,29 +120,35 @@ def load_exported(folder, base=None):
     base: that of a LoRA, where it has moved."""
     folder = Path(folder)
     sampling = read_json(folder / "sampling.json")
+    with reading(folder / "sampling.json"):
+        require(type(sampling.get("base")) is str, "it names no base pipeline")
+        timesteps = sampling.get("timesteps")
+        require(type(timesteps) is list and timesteps and all(type(t) is int for t in timesteps)
+                and timesteps == sorted(set(timesteps), reverse=True) and timesteps[-1] >= 0,
+                f"its timesteps are {timesteps!r}; allowed: whole numbers that fall")
     if (folder / LORA_FILE).is_file():
         network = merged(base or sampling["base"], sampling.get("base_sha256"),
                          parts_in(tensors_in(folder / LORA_FILE), folder), folder)
     else:
         network = load_unet(folder, folder / "scheduler")
     with reading(folder / "sampling.json"):
-        return network, network.levels.table[sampling["timesteps"]].tolist(), sampling["base"]
+        return network, network.levels.table[timesteps].tolist(), sampling["base"]
 
 
 def main():
     """python text_to_image.py export BEST.pt OUT"""
-    require(len(sys.argv) == 4 and sys.argv[1] == "export",
-            "usage: python text_to_image.py export BEST.pt OUT")
+    require(len(sys.argv) == 4 and sys.argv[1] == "export", f"usage: {main.__doc__}")
+    out = new_folder(sys.argv[3])               # before gigabytes are read
     payload = checkpoint.load(sys.argv[2], needs=("network", "sigmas", "ema"))
     require("pipeline" in payload, f"{sys.argv[2]} is no student of text to image")
     lora = (payload["ema"], payload["made_from"]["teacher"]) if "lora" in payload else None
     network = build(payload["network"]) if lora else checkpoint.network_from(payload,
                                                                              source=sys.argv[2])
     if network.text_encoder is not None:
-        export_teacher(network, payload["pipeline"], sys.argv[3])
-        print(f"{sys.argv[3]}: a pipeline; --teacher {sys.argv[3]} distils it")
+        export_teacher(network, payload["pipeline"], out)
+        print(f"{out}: a pipeline; --teacher {out} distils it")
         return
     facts = {name: payload[name] for name in ("method", "stage", "iteration") if name in payload}
     facts |= {"LoRA's rank": payload["lora"]} if lora else {}
-    timesteps = export(network, payload["pipeline"], payload["sigmas"], sys.argv[3], facts, lora)
-    print(f"{sys.argv[3]}: timesteps {timesteps}; its README.md has the code that samples it")
+    timesteps = export(network, payload["pipeline"], payload["sigmas"], out, facts, lora)
+    print(f"{out}: timesteps {timesteps}; its README.md has the code that samples it")

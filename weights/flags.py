@@ -5,6 +5,7 @@ import math
 
 from base import errors
 from base.errors import UserError
+from models import falling
 from presets.datasets import DATASETS
 
 LARGEST_NUMBER = 10 ** 8         # of images in one command
@@ -56,7 +57,7 @@ class Parser(errors.Parser):
 
 
 def check_sigmas(sigmas):
-    if sigmas and not all(a > b > 0 for a, b in zip([float("inf"), *sigmas], sigmas)):
+    if not falling(sigmas or ()):
         raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: must fall from step to step and "
                         "stay above 0")
 
@@ -64,6 +65,14 @@ def check_sigmas(sigmas):
 def check_guidance(weight):
     if weight is not None and not 0 <= weight < math.inf:
         raise UserError(f"--guidance {weight}: must be 0 or more")
+
+
+def refuse_of_teachers(args):
+    """What a student has not."""
+    if args.guidance is not None:
+        raise UserError("--guidance is for a teacher: a student has it in its weights")
+    if any(args.churn):
+        raise UserError("--churn is for a teacher: a student's steps have their own noise")
 
 
 def churn_options(values):

@@ -21,6 +21,7 @@ from weights.students import open_published, tensors_of
 from weights.pretrained import PUBLISHED_NETWORKS, load_network
 
 TEXT_GUIDANCE = 3.0             # of a text-to-image teacher, as DMD has it
+WEIGHT_FILES = (".pt", ".pth", ".pkl", ".bin", ".safetensors")     # no pipeline's name ends so
 PUBLISHED_SIGMA = {".pkl": 2.5, ".bin": 80.0}       # one-step students: SiD's pickles, DMD2's .bin
 
 
@@ -68,7 +69,7 @@ class Opened:
 
     def serve(self, prompts, device):
         """A text-to-image network with its pipeline, asked for these prompts."""
-        self.pipeline = Pipeline(self.base).to(device)
+        self.pipeline = self.pipeline or Pipeline(self.base).to(device)
         self.pipeline.serve(self.network, prompts)
 
     def first_sigmas(self, steps):
@@ -80,8 +81,10 @@ class Opened:
 
 def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None, base=None):
     """A checkpoint of ours, a published name, an EDM or SiD pickle, or a DMD2 state dict; of text
-    to image a pipeline's folder or name, or a folder that text_to_image.py exported. base: the
-    pipeline of a student, where its file does not say or it has moved."""
+    to image a pipeline's folder, with its dataset a pipeline's name, or a folder that
+    text_to_image.py exported. base: the pipeline of a student, where its file does not say or it
+    has moved."""
+    base = base and name_of(base)
     if opened := open_text(source, dataset, sigmas, base):
         return opened
     if Path(source).is_dir():
@@ -89,9 +92,7 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
                         "pipeline's folder")
     payload, published = read_ours(source), str(source) in PUBLISHED_NETWORKS
     if payload:
-        if sigmas:
-            raise UserError(f"--sigmas: {source} has its own, {payload['sigmas']}; leave out the "
-                            "flag")
+        refuse_sigmas(sigmas, source, payload["sigmas"])
         network = (student_of(payload, base, source) if "lora" in payload else
                    checkpoint.network_from(payload, source=source))
         levels = tuple(payload["sigmas"])
@@ -101,7 +102,8 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
         path = cache_folder(cache) / PUBLISHED[str(source)].name if published else Path(source)
         known = next((name for name, one in DATASETS.items()
                       if one.hint and one.hint in path.name), None)
-        if teacher or published or path.name.startswith("edm-"):
+        if teacher or published or path.name.startswith("edm-") and not sigmas:
+            refuse_sigmas(sigmas, source)
             levels = ()
         else:
             levels = tuple(sigmas or (PUBLISHED_SIGMA.get(path.suffix),))
@@ -120,7 +122,13 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
         raise UserError(f"--base {base}: {source} is no text-to-image network")
     names = told.get("class_names") or (DATASETS[known].class_names if known in DATASETS else ())
     return Opened(network, levels, known, path, bool(payload), tuple(names),
-                  told.get("teacher", ""), name_of(base) if base else pipeline)
+                  told.get("teacher", ""), base or pipeline)
+
+
+def refuse_sigmas(sigmas, source, own=()):
+    if sigmas:
+        whose = f"has its own, {[*own]}" if own else "is a teacher"
+        raise UserError(f"--sigmas: {source} {whose}; leave out the flag")
 
 
 def open_text(source, dataset, sigmas=None, base=None):
@@ -128,25 +136,30 @@ def open_text(source, dataset, sigmas=None, base=None):
     path = Path(source)
     if (path / "sampling.json").is_file():
         network, levels, told = load_exported(path, base)
-        return student_of_text(network, levels, base or told, dataset, path)
+        refuse_sigmas(sigmas, source, levels)
+        return student_of_text(network, levels, base or name_of(told), dataset, path)
     of_text = dataset in DATASETS and "unet" in DATASETS[dataset].network
     if tensors := tensors_of(path):
-        base = base or of_text and DATASETS[dataset].teacher
+        base = base or of_text and name_of(DATASETS[dataset].teacher)
         if not base:
             raise UserError(f"{source} does not say what it was made from: give --base, its "
                             "pipeline's folder or name, or --dataset sd15")
         network, levels = open_published(tensors, path, base, sigmas)
         return student_of_text(network, levels, base, dataset, path)
     known = taught_by(name_of(source), dataset)
-    named = not path.exists() and known in DATASETS and "unet" in DATASETS[known].network
+    named = (not path.exists() and path.suffix not in WEIGHT_FILES and known in DATASETS
+             and "unet" in DATASETS[known].network)
     if named or (path / "model_index.json").is_file():
+        refuse_sigmas(sigmas, source)
         return open_pipeline(source, known)
     return None
 
 
 def student_of_text(network, sigmas, base, dataset, path):
-    base = name_of(base)
-    return Opened(network, tuple(sigmas), taught_by(base, dataset), path, False, base=base)
+    known = taught_by(base, dataset)
+    if dataset and dataset != known:
+        raise UserError(f"--dataset {dataset}: {shown(path)} is of {known}")
+    return Opened(network, tuple(sigmas), known, path, False, base=base)
 
 
 def taught_by(base, dataset):
@@ -243,6 +256,8 @@ def open_teacher(args, student=None):
     if opened.sigmas:
         raise UserError(f"{opened.name} is a student of {len(opened.sigmas)} steps, not a teacher; "
                         "it takes --steps")
+    if not student:
+        refuse_sigmas(args.sigmas, opened.name)
     say(f"{opened.name} (teacher)")
     return opened
 

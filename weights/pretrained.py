@@ -22,7 +22,7 @@ PERSISTENT = "torch_utils.persistence _reconstruct_persistent_obj"
 MODULE_DICT = "torch.nn.modules.container ModuleDict"
 
 
-def load_network(source, cache=None, device="cpu"):
+def load_network(source, cache=None):
     """EDMPrecond in eval mode from a published name, a .pkl, or a .pt, .pth or .bin state dict."""
     if str(source) in PUBLISHED_NETWORKS:
         path, digest = fetch_with_digest(str(source), cache)
@@ -37,7 +37,7 @@ def load_network(source, cache=None, device="cpu"):
         config, state = _read_plain(path)
     else:
         raise UserError(f"{path}: a network is a .pkl, .pt, .pth or .bin file")
-    return build_network(config, state, path).to(device).eval()
+    return build_network(config, state, path).eval()
 
 
 def _read_converted(path, digest, cache):
@@ -78,13 +78,13 @@ def _read_plain(path):
         raise UserError(f"{path}: {error}") from None
 
 
-def network_from_pickle(path, key="ema"):
-    """(config, state dict) of the network that a published EDM or SiD pickle holds under `key`."""
+def network_from_pickle(path):
+    """(config, state dict) of the network that a published EDM or SiD pickle holds as "ema"."""
     data = read_pickle(path)
     try:
-        network = data.get(key) if type(data) is dict else None
+        network = data.get("ema") if type(data) is dict else None
         if not _is_persistent(network):
-            raise UnsafePickle(f"holds no network under {key!r}")
+            raise UnsafePickle("holds no network under 'ema'")
         kind, top = network.args[0].get("class_name"), network.args[0].get("state")
         if type(kind) is not str or kind != "EDMPrecond":
             kind = repr(kind[:40]) if type(kind) is str else "that is no text"
