@@ -66,7 +66,7 @@ def test_twenty_sharded_iterations_are_the_unsharded_ones(here, terms, parts):
     whole, shard = (latest(here / f"{terms}-{how}{parts}") for how in ("plain", "shard"))
     start = checkpoint.load(here / "start" / "stage1" / "best.pt")
     moved = max((whole["student"][k] - v).abs().max() for k, v in start["ema"].items())
-    assert distance(whole, shard) < 1e-5 < 5e-4 < moved
+    assert distance(whole, shard) < 2e-5 < 5e-4 < moved         # rounding, another on every CPU
     for one, other in zip(whole["optimizers"], shard["optimizers"], strict=True):
         assert one["param_groups"] == other["param_groups"]
         for k, moments in one["state"].items():
