@@ -23,7 +23,7 @@ from torch.optim import AdamW
 from base import distributed
 from base.devices import set_precision
 from base.distributed import say, sync_gradients
-from base.errors import RunFailed, UserError, run
+from base.errors import RunFailed, UserError, out_of_memory, run
 from images.real import check_every_image, check_fits, open_images
 from losses import (denoising_loss, edm_loss, gan_adapted_loss, gan_student_loss, regression_loss,
                     unforget_loss)
@@ -90,7 +90,8 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
 
     # Update the adapted network on the same images (PMDD Eq. 8, DMD Alg. 3)
     for (part, x0), k in product(zip(parts, generated), range(config.adapted_noises)):
-        with sync_gradients(roles.adapted_ddp, part is parts[-1]), autocast():
+        last = part is parts[-1] and k + 1 == config.adapted_noises
+        with sync_gradients(roles.adapted_ddp, last), autocast():
             terms = {"denoising": denoising_loss(
                 x0, part.sigma_adapted[:, k], part.eps_adapted[:, k], part.y,
                 adapted=roles.adapted_ddp, sigma_data=student.sigma_data)}
@@ -158,7 +159,7 @@ def make_optimizers(config, roles, device):
     """AdamW for the student and, where there is one, the adapted network."""
     found_inf = torch.zeros((), device=device)
     optimizers = [AdamW(network.parameters(), lr=config.learning_rate, betas=config.betas,
-                        weight_decay=config.weight_decay, fused=device.type != "meta")
+                        weight_decay=config.weight_decay, fused=True)
                   for network in (roles.student, roles.adapted) if network is not None]
     for optimizer in optimizers:
         optimizer.found_inf = found_inf
@@ -178,8 +179,7 @@ def set_rate(config, step, optimizers):
 def open_real(options, roles, network, device, stop):
     """Images, or for text to image their latents."""
     if roles.opened and roles.opened.base:
-        return latents_of(options.data, roles.opened.pipeline, network, options.folder, device,
-                          stop)
+        return latents_of(options.data, roles.opened, network, options.folder, device, stop)
     images = open_images(options.data, options.cache)
     check_fits(images, network)
     if distributed.rank() == 0 and not any(options.folder.glob("*.pt")):
@@ -193,9 +193,9 @@ def open_sources(config, options, roles, device, stop):
     if config.gan_weight or config.stage == 0:
         real = open_real(options, roles, network, device, stop)
     if config.regression_weight:
-        pairs = noise_image_pairs(whole_network(network, device), config.regression_pairs,
-                                  config.regression_steps, options.folder, options.batch_per_gpu,
-                                  device, stop)
+        pairs = noise_image_pairs(whole_network(network, device), roles.made_from["teacher"],
+                                  config.regression_pairs, config.regression_steps, options.folder,
+                                  options.batch_per_gpu, device, stop)
     return Sources(network.shape, network.levels.to(device), network.conditions, real, pairs)
 
 
@@ -273,7 +273,8 @@ def run_stage(stage, device, stop):
     except BaseException as error:
         left = kept(stage.options.folder)
         drop_unused(stage.options.folder, made)
-        compiler = stage.options.compile and not isinstance(error, (UserError, RunFailed))
+        compiler = (stage.options.compile and isinstance(error, Exception) and not isinstance(
+            error, (UserError, RunFailed)) and not out_of_memory(error))
         if not (compiler and stop.received):
             raise
         say(f"{stop.received}: it reached the compiler too; {left}; the same command goes on")

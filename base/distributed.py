@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import inspect
 import os
 import warnings
 from collections import deque
@@ -32,6 +31,9 @@ def start(device=None):
                             "GPUs here")
         torch.cuda.set_device(local_rank)
     mine = torch.device("cuda", local_rank) if kind == "cuda" else None
+    if launched() and "MASTER_ADDR" not in os.environ:
+        raise UserError("RANK and WORLD_SIZE are set, MASTER_ADDR is not: start with torchrun, "
+                        "which sets all of them, or unset these two")
     if launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if mine else "gloo", **meeting_place(), device_id=mine,
                                 timeout=datetime.timedelta(minutes=30))
@@ -92,9 +94,8 @@ def parallel(module):
     """DistributedDataParallel without a second copy of the gradients; alone or sharded, itself."""
     if not dist.is_initialized() or sharded(module):
         return module
-    known = inspect.signature(DistributedDataParallel).parameters       # renamed in torch 2.13
-    no_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{no_buffers: False})
+    return DistributedDataParallel(module, gradient_as_bucket_view=True,
+                                   forward_sync_buffers=False)
 
 
 def sync_gradients(module, last):

@@ -14,7 +14,7 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-from base.errors import RunFailed, UserError
+from base.errors import DISK, RunFailed, UserError
 from base.files import file_digest, write_atomically
 
 TIMEOUT = 20.0                # seconds without a connection or without data
@@ -99,8 +99,9 @@ def fetch_with_digest(name, cache):
         raise UserError(f"{path}: {reason}; {_set_aside(path)}. Run again to download it from "
                         f"{_urls(entry)[0]}, or put the right file at {path}") from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; it is published at "
-                        f"{_urls(entry)[0]}") from None
+        kind = RunFailed if error.errno in DISK else UserError
+        raise kind(f"{path}: {error.strerror or error}; it is published at "
+                   f"{_urls(entry)[0]}") from None
 
 
 def _set_aside(path):

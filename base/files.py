@@ -81,10 +81,7 @@ def write_atomically(path, write):
 def hidden_beside(path, folder=False):
     """A hidden file or folder beside `path` to write into, locked meanwhile, so that one without a
     lock is of a process that was killed: these go. Nothing stays under its name."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if lock := locked(leftover):
-            remove(leftover)
-            os.close(lock)
+    remove_leftovers(path.parent.glob(f".{glob.escape(path.name)}.*.tmp"))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir() if folder else temporary.touch()
     lock = locked(temporary)
@@ -93,6 +90,14 @@ def hidden_beside(path, folder=False):
     finally:
         remove(temporary)                       # unless its rename has come before
         if lock:
+            os.close(lock)
+
+
+def remove_leftovers(hidden):
+    """Of these files and folders those that no process holds any more."""
+    for leftover in hidden:
+        if lock := locked(leftover):
+            remove(leftover)
             os.close(lock)
 
 

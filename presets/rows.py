@@ -247,8 +247,10 @@ def find(dataset, method, stage, variant="", network=None, teacher=""):
     if (dataset, method, stage, variant) in PRESETS:
         return PRESETS[dataset, method, stage, variant]
     like = nearest(network, method, stage) if "unet" in (network or ()) else dataset
-    if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS):
-        row = find(dataset, method, 4 if like == "sdxl" else 1, variant, network, teacher)
+    together = 4 if like == "sdxl" else 1               # the row that DMD2's several steps have
+    if method == "dmd2" and 1 < stage <= len(PMDD_SIGMAS) and (
+            not variant or (dataset, method, together, variant) in PRESETS):
+        row = find(dataset, method, together, variant, network, teacher)
         sigmas = SDXL_SIGMAS if like == "sdxl" else schedule(like)
         return replace(row, paper_fid=None, source=row.source + ", several steps", config=replace(
             row.config, stage=stage, sigmas=sigmas[:stage], trained_step="random"))
@@ -263,7 +265,7 @@ def find(dataset, method, stage, variant="", network=None, teacher=""):
     near += [(s, "fast") for s, v in near if method == "pmdd" and s and not v]
     if method == "dmd2":
         near += [(s, v) for s in range(2, len(PMDD_SIGMAS) + 1) for of, v in near
-                 if of == (4 if like == "sdxl" else 1)]
+                 if of == together]
     listed = ", ".join(f"--stage {s}" + (f" --variant {v}" if v else "") for s, v in near)
     raise ValueError(f"no preset for --dataset {dataset} --method {method} --stage {stage}"
                      + (f" --variant {variant}" if variant else "")

@@ -1,5 +1,6 @@
 """Real images as they are stored and published, and the teacher's noise-image pairs."""
 
+import copy
 import hashlib
 import io
 import json
@@ -20,8 +21,9 @@ from base import distributed
 from base.errors import RunFailed, UserError
 from helpers import small_network
 from images import real
-from models import SeededNoise, classes_as_conditions, sample_heun
+from models import Guided, SeededNoise, classes_as_conditions, sample_heun
 from training import kept, noise_pairs
+from weights.checkpoint import weights_digest
 
 
 def refused(source, *words):
@@ -387,7 +389,8 @@ def teacher(monkeypatch):
 def open_pairs(teacher, folder, count=10, steps=3, batch=2, stop=None):
     folder.mkdir(exist_ok=True)
     stop = stop or SimpleNamespace(received=None)
-    return noise_pairs.noise_image_pairs(teacher, count, steps, folder, batch, CPU, stop)
+    digest = weights_digest(teacher.state_dict())
+    return noise_pairs.noise_image_pairs(teacher, digest, count, steps, folder, batch, CPU, stop)
 
 
 def make(*args, **how):
@@ -441,6 +444,25 @@ def test_a_part_of_a_slow_sampler_has_fewer_pairs(teacher, tmp_path, monkeypatch
     pairs = open_pairs(teacher, tmp_path / "b")
     assert [len(part) for part in pairs.parts] == [2] * 5
     assert same(pairs.take(range(10)), whole)
+
+
+def test_pairs_of_another_guidance_or_of_other_prompts_are_refused(teacher, tmp_path):
+    whole = make(teacher, tmp_path / "a")
+    for other in (Guided(teacher, 2.0), asked(teacher, "a cat"), asked(teacher, "a dog")):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        found = make(other, folder)
+        assert same(found, whole) == (other is not whole and not isinstance(other, Guided))
+        assert same(make(other, folder), found)
+        for another in (Guided(teacher, 3.0), asked(teacher, "two cats")):
+            with pytest.raises(UserError, match="was made with .* move it away to make it anew"):
+                make(another, folder)
+
+
+def asked(teacher, prompt):
+    """As if its classes were prompts."""
+    network = copy.deepcopy(teacher)
+    network.conditions = network.conditions._replace(texts=[prompt] * 10)
+    return network
 
 
 class Interrupted(BaseException):

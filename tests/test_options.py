@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from presets import datasets, rows
+from base import distributed
 from base.errors import RunFailed, UserError, run
+from base.files import hidden_beside
 from presets.config import Config
 from presets.datasets import DATASETS
 from presets.rows import PRESETS
@@ -397,7 +399,7 @@ def refused(*argv):
     ("--method sid --stage 2", ["--method sid --stage 2", "--stage 1"]),
     ("--method dmd2 --stage 4", ["--stage 4", "--stage 1, --stage 2, --stage 3"]),
     ("--stage 1 --sigmas 80 2", ["--sigmas is (80.0, 2.0)", "1 noise level"]),
-    ("--stage 0 --teacher a.pt", ["--teacher is for a student"]),
+    ("--stage 0 --teacher assets/digits-teacher.pt", ["--teacher is for a student"]),
     ("--stage 0 --gan-weight 1", ["--gan-weight is for a student"]),
     ("--stage two", ["--stage", "two"]),
     ("--stage 0 --variant ../../elsewhere", ["--variant ../../elsewhere"]),
@@ -451,6 +453,12 @@ def refused(*argv):
     ("--stage 1 --num-blocks 2", ["--num-blocks is for a teacher in training"]),
     ("--ema-rampup nan", ["--ema-rampup is nan"]), ("--ema-rampup -1", ["--ema-rampup is -1.0"]),
     ("--stage 0 --augment 7", ["--augment is 7.0"]),
+    ("--stage 0 --augment 0.1", ["--augment 0.1", "digits has no input for it"]),
+    ("--stage 0 --caption-dropout 7", ["--caption-dropout is 7.0"]),
+    ("--stage 0 --dataset ffhq64 --caption-dropout 0.1", ["--caption-dropout 0.1", "no captions"]),
+    ("--stage 0 --dataset mine --data digits --teacher assets/digits-teacher.pt",
+     ["--teacher is for a student"]),
+    ("--method dmd2 --stage 2 --variant x", ["--method dmd2 --stage 2 --variant x"]),
     ("--stage 0 --augment nan", ["--augment is nan"]),
     ("--stage 0 --dropout nan", ["--dropout", "nan"]),
     ("--stage 0 --dropout 2", ["--dropout", "2.0"]),
@@ -470,6 +478,14 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
     assert refused("--batch", 8) == (
         "--batch 8 cannot be divided by 3 processes; allowed: multiples of 3")
     assert "4 images of a process" in refused("--batch", 12, "--batch-per-gpu", 3)
+
+
+def test_processes_that_are_not_told_where_to_meet_are_told_of_torchrun(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR is not: start with torchrun"):
+        distributed.start("cpu")
 
 
 def test_a_mistake_in_a_later_stage_is_found_before_the_first_begins():
@@ -607,7 +623,11 @@ def test_what_a_killed_run_was_writing_is_cleared_away_and_nothing_else(tmp_path
     folder.mkdir()
     for name in (".newest.pt.123.tmp", ".best.pt.9.tmp", "latest.pt", "notes.tmp", ".hidden"):
         (folder / name).write_text("x")
-    opened(tmp_path).close()
+    (folder / ".exported.9.tmp").mkdir()
+    (folder / ".exported.9.tmp" / "half").write_text("x")
+    with hidden_beside(folder / "evaluation.json") as held:         # another's, who still writes
+        opened(tmp_path).close()
+        assert held.exists()
     assert sorted(p.name for p in folder.iterdir()) == [
         ".hidden", "config.json", "latest.pt", "lock", "notes.tmp"]
 

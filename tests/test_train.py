@@ -833,12 +833,22 @@ def test_the_command_line_exits_with_two_and_one_line(teacher, tmp_path):
         assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
-def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path, capsys):
+def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path, capsys,
+                                                              monkeypatch):
     train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", "--ttur", "5", iterations=100))
     out = capsys.readouterr().out
     assert "student updates: 20" in out and "adapted updates: 100" in out
     assert "images generated: 800" in out and "memory, all tensors of one process" in out
     assert "learning_rate: 0.001" in out and not any(tmp_path.iterdir())
+    def whole(out):
+        return [line for line in out.splitlines() if "parameters" in line or "disk space" in line]
+
+    monkeypatch.setenv("WORLD_SIZE", "4")                       # a share of the memory; one disk
+    monkeypatch.setenv("RANK", "0")
+    for more in ("--shard", "--ema-on-host"):
+        train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", more))
+        assert whole(capsys.readouterr().out) == whole(out)
+    monkeypatch.delenv("RANK")
     # Also for a GPU, and where there is none.
     train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", "--device", "cuda"))
     on_gpu = capsys.readouterr().out
@@ -889,11 +899,16 @@ def test_a_teacher_of_another_size_or_a_student_is_refused_as_teacher(teacher, t
                                                       "ema": small.state_dict()})
     checkpoint.save(tmp_path / "student.pt", payload | {"sigmas": [80.0]})
     checkpoint.save(tmp_path / "other.pt", payload | {"dataset": "cifar10"})
+    checkpoint.save(tmp_path / "odd.pt", payload | {"dataset": "emoji"})
     for name, message in (("large", "makes images of 16"), ("student", "is a student of 1 steps"),
                           ("other", "is of cifar10")):
         with pytest.raises(UserError, match=message):
             train.main(flags(tmp_path / f"{name}.pt", tmp_path / "run", "--stage", "1",
                              "--dataset", "digits"))
+    for dataset, source, message in (("digits", ROOT / "assets/emoji/pipeline", "is a network of"),
+                                     ("emoji", tmp_path / "odd.pt", "is no network of text")):
+        with pytest.raises(UserError, match=message):
+            train.main(flags(source, tmp_path / "run", "--stage", "1", "--dataset", dataset))
 
 
 @pytest.mark.parametrize("argv", [["--stage", "0"], ["--dataset", "cifar10", "--method", "dmd2"],

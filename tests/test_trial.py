@@ -550,6 +550,14 @@ def test_compiling_is_said_and_a_signal_that_reaches_the_compiler_ends_as_a_sign
     assert "SIGTERM: it reached the compiler too; the last checkpoint is intact" in out
     code, out, _ = command(train, *flags, "--folder", "new")
     assert code == 3 and "there is no checkpoint yet" in out and not Path("new").exists()
+    for other in (SystemExit(3), KeyboardInterrupt(), MemoryError()):   # not the compiler's
+        def ended(*args, other=other):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise other
+
+        monkeypatch.setattr(train, "iteration", ended)
+        with pytest.raises(type(other)):
+            train.main([*map(str, flags[:-1]), "--iterations", "3", "--compile", "--force"])
     monkeypatch.setattr(train, "iteration", lambda *args: 1 / 0)        # and a mistake as a mistake
     with pytest.raises(ZeroDivisionError):
         train.main([*map(str, flags[:-1]), "--iterations", "3", "--compile", "--force"])

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metrics.judge import HEUN_STEPS
 from training.draws import steps_trained
-from training.plan import How, by_gpus, disk, memory, process_memory
+from training.plan import How, by_gpus, disk, process_memory, rehearsed
 from training.rehearsal import Rehearsal, one_image, shapes_alone
 
 GPUS = (2, 3, 4, 8, 64)                 # for which a plan of text to image says what one takes
@@ -97,7 +97,8 @@ def report(iterate, stage):
     parts = config.batch // options.world_size // options.batch_per_gpu
     how = How(options.batch_per_gpu, options.world_size, options.precision, options.shard,
               options.recompute, options.ema_on_host)
-    sizes = memory(iterate, config, network, *how)
+    plan = rehearsed(iterate, config, network, how)
+    sizes, whole = plan(how), plan(how._replace(shard=False, ema_on_host=False))
     total = math.fsum(sizes.values())
     counted = count(iterate, config, network)
     lines = [f"  {name}: {value}" for name, value in vars(config).items()]
@@ -105,19 +106,19 @@ def report(iterate, stage):
     flops = counted.flops * config.batch
     hours = flops / (TERAFLOPS * 1e12 * options.world_size) / 3600
     lines += [f"parameters of the {'adapters' if config.lora else 'network'}: "
-              f"{sizes['moving average'] // 4:,}",
+              f"{whole['moving average'] // 4:,}",
               f"FLOPs of all iterations: {flops:.3g}; at {TERAFLOPS} TFLOP/s a GPU, without "
               f"evaluations: {hours:.3g} hours"]
     lines += [f"disk space, {name}: {size / 2**20:,.0f} MiB"
-              for name, size in disk(config, sizes, shapes_alone(network).shape).items()]
+              for name, size in disk(config, whole, shapes_alone(network).shape).items()]
     lines += [f"processes: {options.world_size}, each {parts} part(s) of {options.batch_per_gpu} "
               "images an iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     lines += [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]
     on_cpu = options.device == "cpu" or not (options.device or torch.cuda.is_available())
-    if on_cpu and (whole := process_memory(total)):
+    if on_cpu and (process := process_memory(total)):
         lines += ["memory, one whole process, with Python, libraries and the heap's holes: "
-                  f"{whole / 2**20:,.0f} MiB"]
+                  f"{process / 2**20:,.0f} MiB"]
     if "unet" in network:
         lines += [f"memory, all tensors of one of {n} processes, with one pass of so many images: "
                   f"{size / 2**20:,.0f} MiB"

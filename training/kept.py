@@ -52,7 +52,7 @@ def begin(folder, about):
     path = folder / "about.json"
     if not path.exists():
         write_json(path, about)
-    elif (made_as := read_json(path)) != about:
+    elif about | (made_as := read_json(path)) != about:        # one may be older than a field
         raise UserError(f"{folder} was made with {made_as}, this run wants {about}; move it away "
                         "to make it anew")
 

@@ -23,8 +23,9 @@ class Latents(Rows):
         return super().row(number)[0], number
 
 
-def latents_of(source, pipeline, network, folder, device, stop):
+def latents_of(source, opened, network, folder, device, stop):
     """A draw of the VAE's posterior for each image, as in DMD2."""
+    pipeline = opened.pipeline
     if source != "emoji" and not Path(source).exists():
         raise UserError(f"--data {source}: no such folder or zip; the GAN wants pictures with "
                         "captions, in dataset.json or in a .txt beside each")
@@ -38,6 +39,6 @@ def latents_of(source, pipeline, network, folder, device, stop):
             row["latent"] = pipeline.encode(pixels, generator)[0].cpu().half().numpy()
         return rows
 
-    about = dict(source=str(source), count=len(images), size=pipeline.size)
+    about = dict(source=str(source), count=len(images), size=pipeline.size, pipeline=opened.base)
     rows = made_once(folder / "latents", about, len(images), PART, make, "latents", stop)
     return Latents(rows, pipeline.conditions(images.captions, network))

@@ -20,12 +20,13 @@ from training.run_folder import Metrics, kept, read_metrics, write_config
 from weights.checkpoint import save, save_latest
 from weights.opening import TEXT_GUIDANCE, steps_text
 
-LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl
+LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl; of stage 0 20
+COLUMNS = 8                     # of a grid of samples
 SHOWN_PROMPTS, SHOWN_SIZE = 4, 256      # of text to image: rows, and pixels of a picture
 
 
-def save_samples(roles, sigmas, path, device, columns=8):
-    """The same noise every time: a row for each of ten classes, or of ten seeds without classes."""
+def save_samples(roles, sigmas, path, device):
+    """The same noise every time: a row for each of ten classes, or ten rows without classes."""
     if of_text(roles):
         return save_prompted(roles, sigmas, path, device)
     network = whole_network(roles.ema, device)
@@ -34,10 +35,10 @@ def save_samples(roles, sigmas, path, device, columns=8):
         sampler = partial(sample_student, sigmas=sigmas)
     count = network.conditions.count
     if count:
-        asked = torch.linspace(0, count - 1, min(10, count)).long().repeat_interleave(columns)
-    seeds = range(len(asked) if count else 10 * columns)
+        asked = torch.linspace(0, count - 1, min(10, count)).long().repeat_interleave(COLUMNS)
+    seeds = range(len(asked) if count else 10 * COLUMNS)
     images, _ = sample_seeds(network, seeds, sampler, asked, device)
-    save_grid(grid(network.pixels(images).cpu(), columns), path)
+    save_grid(grid(network.pixels(images).cpu(), COLUMNS), path)
 
 
 def save_grid(picture, path):
@@ -47,10 +48,9 @@ def save_grid(picture, path):
 
 
 def after_divergence(folder):
-    if any(folder.glob("*.pt")):
-        return f"{kept(folder)}; go on from it with --force and a lower --learning-rate"
-    return (f"{kept(folder)}: the teacher or the images may not be finite, or --learning-rate is "
-            "too high")
+    why = ("; go on from it with --force and a lower --learning-rate" if any(folder.glob("*.pt"))
+           else ": the teacher or the images may not be finite, or --learning-rate is too high")
+    return kept(folder) + why
 
 
 def of_text(roles):

@@ -1,11 +1,12 @@
 """The teacher's noise-image pairs for DMD's regression (DMD Sec. 3.3)."""
 
+import hashlib
+
 import numpy as np
 
 from images.from_seeds import heun
-from models import sample_seeds
+from models import Guided, sample_seeds
 from training.kept import made_once
-from weights.checkpoint import weights_digest
 
 # A part is what an interruption can cost and what one rank may wait for: at most so many pairs,
 # and about so many evaluations of the teacher.
@@ -13,12 +14,16 @@ PAIRS_PART, PART_EVALUATIONS = 1024, 32_768
 FIRST_SEED = 10 ** 9            # the seeds from 0 on are those that a student is scored at
 
 
-def noise_image_pairs(teacher, count, steps, folder, batch, device, stop):
-    """z, image in float16 and class, or prompt, of each; pair i comes from seed FIRST_SEED + i."""
+def noise_image_pairs(teacher, digest, count, steps, folder, batch, device, stop):
+    """z, image in float16 and class, or prompt, of each; pair i comes from seed FIRST_SEED + i.
+    digest: of the teacher's weights, before any were stored in bf16."""
     fields = [("z", np.float32, teacher.shape), ("image", np.float16, teacher.shape),
               ("index", np.int64)]
-    about = dict(count=count, steps=steps, first_seed=FIRST_SEED,
-                 teacher=weights_digest(teacher.state_dict())[:12])
+    about = dict(count=count, steps=steps, first_seed=FIRST_SEED, teacher=digest[:12])
+    if isinstance(teacher, Guided):
+        about["guidance"] = teacher.weight
+    if texts := teacher.conditions.texts:
+        about["prompts"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
     def make(part):
         rows = np.zeros(len(part), fields)

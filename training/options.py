@@ -14,7 +14,6 @@ from base import distributed
 from base.errors import Parser, UserError
 from models import falling
 from presets.config import Config, Preset
-from presets.datasets import DATASETS
 from presets.rows import find
 from training.subject import subject_of
 from weights.checkpoint import untrained
@@ -38,7 +37,8 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how it is computed; of these only the files named change more than rounding."""
+    """Where and how it is computed; of these only the files named change more than rounding, and
+    the processes and parts a stage 0's dropout."""
     folder: Path
     data: str
     reference: str | None
@@ -79,12 +79,12 @@ def parser():
             kwargs["type"] = type(f.default)
         preset.add_argument(flag, **kwargs)
     preset.add_argument("--variant", default="",
-                        help="another row of the same paper: unconditional, no-gan, longer; "
-                             "fast: ours, of PMDD's rows")
+                        help="another row of the same paper: unconditional, no-gan, longer, gan, "
+                             "guidance-8, pretraining; fast: ours, of PMDD's rows")
     how = parser.add_argument_group("where and how")
     how.add_argument("--folder", help="folder of the run (default: runs/<dataset>-<method>)")
-    how.add_argument("--data", help="real images: digits, cifar10, a folder, a zip, or CIFAR-10's "
-                                    "archive (default: the dataset's own)")
+    how.add_argument("--data", help="real images: digits, emoji, cifar10, a folder, a zip, or "
+                                    "CIFAR-10's archive (default: the dataset's own)")
     how.add_argument("--reference", help="FID reference, an npz with mu and sigma (default: the "
                                          "published one of the dataset)")
     how.add_argument("--inception", help="file with the 2015-12-05 Inception weights (default: the "
@@ -131,6 +131,8 @@ def parse(argv=None):
         except ValueError as error:
             raise UserError(str(error)) from None
         begins = stage or "unet" in subject.network     # stage 0 of text goes on from a pipeline
+        if args.teacher and not begins:
+            raise UserError("--teacher is for a student; --stage 0 trains a teacher")
         before = recorded(args, subject, preset)
         teacher = {"teacher": args.teacher or str(before.get("teacher", ""))
                    or subject.teacher_of(preset)} if begins else {}
@@ -163,9 +165,6 @@ def refuse_needless(given):
     """Flags that say nothing about a teacher in training, or about a student."""
     stage0 = given.get("stage") == 0
     needless = [k for k in given if k in (STUDENTS if stage0 else TEACHERS)]
-    name = given.get("dataset", "digits")
-    if stage0 and "teacher" in given and name in DATASETS and "unet" not in DATASETS[name].network:
-        needless.append("teacher")
     if needless:
         raise UserError(f"--{needless[0].replace('_', '-')} is for a "
                         + ("student; --stage 0 trains a teacher" if stage0 else
@@ -211,7 +210,8 @@ def check(config):
             f"{config.stage} noise level{'s' * (config.stage != 1)}, one a step")
     require(falling(config.sigmas), "sigmas", "falling, above 0")
     require(config.dropout == -1 or 0 <= config.dropout < 1, "dropout", "0 to below 1")
-    require(0 <= config.augment <= 1, "augment", "0 to 1")
+    for name in ("augment", "caption_dropout"):
+        require(0 <= getattr(config, name) <= 1, name, "0 to 1")
     require(config.evaluate_images >= 2, "evaluate_images", "whole numbers, at least 2")
     if config.stage:
         require(config.loss != "none" or config.gan_weight or config.regression_weight, "loss",
@@ -252,8 +252,12 @@ def options(args, config, subject):
     if args.prompts and "unet" not in subject.network:
         raise UserError(f"--prompts: {config.dataset} has no text; it is for text to image, such "
                         "as --dataset sd15")
-    if config.augment and "unet" in subject.network:
-        raise UserError("--augment is for EDM's networks, not for text to image")
+    if config.augment and not subject.network.get("augment_dim"):
+        raise UserError(f"--augment {config.augment:g}: the network of {config.dataset} has no "
+                        "input for it (augment_dim)")
+    if config.caption_dropout and not ("unet" in subject.network or subject.network["label_dim"]):
+        raise UserError(f"--caption-dropout {config.caption_dropout:g}: {config.dataset} has no "
+                        "captions or classes to leave out")
     if args.shard and world_size == 1 and not args.dry_run:
         raise UserError("--shard: one process has nobody to share with; start several, torchrun "
                         "--nproc_per_node=2 train.py ..")

@@ -36,7 +36,9 @@ class Kernels(TorchFunctionMode):
             return value
         if not (self.cache and value.is_leaf and value.requires_grad):
             return value.bfloat16()
-        return self.copies.setdefault(id(value), value.bfloat16())
+        if id(value) not in self.copies:
+            self.copies[id(value)] = value.bfloat16()
+        return self.copies[id(value)]
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if self.bf16 and function in self.CAST:
@@ -166,7 +168,7 @@ def process_memory(tensors):
 
 
 def disk(config, sizes, shape):
-    """Most bytes of a run's folder by purpose, but for pictures."""
+    """Most bytes of a run's folder by purpose, but for pictures and latents of a GAN's images."""
     newest = sizes["trained weights"] + sizes["moving average"] + sizes["Adam states"]
     found = {"checkpoints": 3 * newest + sizes["trained weights"]}      # a third while it is saved
     if config.regression_weight:                        # z in float32, image in float16, class

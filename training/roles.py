@@ -23,7 +23,7 @@ from weights.opening import Opened, find_teacher, open_network, steps_text
 from weights.pipeline import with_text_encoder
 
 
-def load_teacher(config, options):
+def load_teacher(config, options, device):
     """A published network or pipeline, a file in one of the published formats, or a stage 0."""
     source, text = config.teacher, "unet" in options.network
     if not text:
@@ -31,10 +31,14 @@ def load_teacher(config, options):
     opened = open_network(source, teacher=True, dataset=config.dataset, cache=options.cache)
     if opened.sigmas:
         raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")
+    if ("unet" in opened.network.config) != text:
+        raise UserError(f"--teacher {config.teacher} is {'no' if text else 'a'} network of text to "
+                        f"image, --dataset {config.dataset} is {'' if text else 'not '}of text")
     if text:
         if opened.network.text_encoder is not None:
             raise UserError(f"--teacher {source} is a stage 0; first make a pipeline of it: python "
                             f"text_to_image.py export {source} FOLDER")
+        opened.serve(prompts_of(config, options), device)
         return opened
     made, wanted = opened.network.config, options.network
     if any(made[k] != wanted[k] for k in ("img_resolution", "img_channels")):
@@ -78,8 +82,8 @@ def starting_point(config, options, teacher, digest):
         raise UserError(f"{path} was trained for {steps_text(len(earlier))}, stage {config.stage} "
                         f"starts from {len(config.sigmas) - 1}: train the stage between first")
     if "adapted" not in payload:
-        raise UserError(f"{path} holds a student but no adapted network; start from a best.pt of "
-                        "a run")
+        raise UserError(f"{path} holds no student with its adapted network; start from a best.pt "
+                        "of a run's stage 1 or later")
     if payload["network"] != teacher.config:
         raise UserError(f"{path}, which stage {config.stage} starts from, has another architecture "
                         f"than the teacher {config.teacher}")
@@ -120,10 +124,8 @@ def load_roles(config, options, device):
         student = EDMPrecond(**options.network)
         roles = Roles(trainable(student, augmented=config.augment > 0), copy.deepcopy(student))
     else:
-        opened = load_teacher(config, options)
+        opened = load_teacher(config, options, device)
         teacher = opened.network
-        if opened.base:
-            opened.serve(prompts_of(config, options), device)
         check_teacher(config, teacher)
         made_from = {"teacher": checkpoint.weights_digest(teacher.state_dict())}
         begin = starting_point(config, options, teacher, made_from["teacher"])
@@ -144,8 +146,7 @@ def load_roles(config, options, device):
 
 def text_teacher_roles(config, options, device):
     """Stage 0 of text to image goes on from a pipeline's own U-Net and text encoder."""
-    opened = load_teacher(config, options)
-    opened.serve(prompts_of(config, options), device)
+    opened = load_teacher(config, options, device)
     student = with_text_encoder(opened.network, opened.pipeline)
     digest = checkpoint.weights_digest(student.state_dict())
     return Roles(trainable(student), copy.deepcopy(student), opened=opened,

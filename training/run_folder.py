@@ -8,7 +8,7 @@ from pathlib import Path
 
 from base import distributed
 from base.errors import RunFailed, UserError
-from base.files import versions, write_atomically, write_json
+from base.files import remove_leftovers, versions, write_atomically, write_json
 from presets.config import Config
 
 CLOCKED = ("images_per_second", "seconds_left", "seconds")      # of its figures those of a clock
@@ -34,8 +34,7 @@ def open_run(folder, config, options):
     except OSError:
         raise UserError(f"another process is training in {folder}; wait for it or choose another "
                         "--folder") from None
-    for leftover in folder.rglob(".*.tmp"):                 # of a run killed while it saved
-        leftover.unlink(missing_ok=True)
+    remove_leftovers(folder.rglob(".*.tmp"))                # of what was killed while it saved
     path, (now, how) = folder / "config.json", as_json(config, options)
     started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()
     if path.exists() and started and not options.force:
