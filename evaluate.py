@@ -298,7 +298,7 @@ def evaluate(job, judge, repeat, repeats):
     with progress(total=job.n, desc=text, unit="image") as bar:
         scores = judge.scores(job.task, job.blocks(range(begin, begin + job.n)), len(job.what),
                               job.n, bar)
-    if judge.diversity:
+    if judge.diversity and repeat == 0:                 # its seeds are those of no block
         for one, value in zip(scores, judge.diversity.scores(job.diverse, len(scores))):
             one["diversity"] = value
     return scores
@@ -316,7 +316,8 @@ def entries(job, judge, args, device):
     environment = versions() | {"device": device_name, "processes": distributed.world_size()}
     found = []
     for k, (text, evaluations) in enumerate(job.what):
-        scores = {name: summary([one[k][name] for one in repeats]) for name in repeats[0][k]}
+        scores = {name: summary([one[k][name] for one in repeats if name in one[k]])
+                  for name in repeats[0][k]}
         found.append({"what": text, "evaluations": evaluations, "figures": scores,
                       "protocol": job.protocol[k] | judge.protocol(), "environment": environment})
     return found

@@ -138,7 +138,7 @@ def read_reference(path, dimensions=None, **made):
     for key, value in told.items():
         if value != made[key]:
             raise UserError(f"{path} was made with --{key} {value}, these figures are of --{key} "
-                            f"{made[key]}: make another one, or give --{key} {value}")
+                            f"{made[key]}: make another one with fid.py")
     return mean.astype(np.float64), covariance.astype(np.float64)
 
 

@@ -47,7 +47,7 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
     source = previous if previous is not None and config.external_sampling else student
     unforget = config.unforget_weight > 0 and previous is not None
     distill_loss, sigmas = LOSSES[config.loss].of(config), parts[0].sigmas
-    generated, student_losses, adapted_losses = [], {}, {}
+    generated, student_losses, adapted_losses, noises = [], {}, {}, config.adapted_noises
 
     # Generate, and every ttur-th time update the student (TTUR: DMD2 Sec. 4.2)
     if student_turn:
@@ -89,9 +89,8 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                 generated.append(student(inputs[-1], level(sigmas[-1], part.z), part.y))
 
     # Update the adapted network on the same images (PMDD Eq. 8, DMD Alg. 3)
-    for (part, x0), k in product(zip(parts, generated), range(config.adapted_noises)):
-        last = part is parts[-1] and k + 1 == config.adapted_noises
-        with sync_gradients(roles.adapted_ddp, last), autocast():
+    for (part, x0), k in product(zip(parts, generated), range(noises)):
+        with sync_gradients(roles.adapted_ddp, part is parts[-1] and k + 1 == noises), autocast():
             terms = {"denoising": denoising_loss(
                 x0, part.sigma_adapted[:, k], part.eps_adapted[:, k], part.y,
                 adapted=roles.adapted_ddp, sigma_data=student.sigma_data)}
@@ -99,7 +98,7 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
                 terms["discriminator"] = config.gan_adapted_weight * gan_adapted_loss(
                     x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real, part.eps_real,
                     part.y, part.y_real, discriminator=partial(roles.adapted_ddp, output="logits"))
-            backward(terms, adapted_losses, len(parts) * config.adapted_noises)
+            backward(terms, adapted_losses, len(parts) * noises)
     update(optimizers[1], adapted_losses, "adapted_gradient", config.clip)
     return student_losses | adapted_losses, x0
 

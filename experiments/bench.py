@@ -243,6 +243,8 @@ def check(args, stages):
         if config.stage and args.iterations % config.ttur:
             raise UserError(f"--iterations is {args.iterations}; allowed: multiples of --ttur "
                             f"{config.ttur}, so that a repeat has whole rounds of updates")
+    if "unet" in stages[0].options.network:
+        raise UserError("it measures networks of EDM's kind, not text to image")
     if args.json:
         folder = Path(args.json).resolve().parent
         if not folder.is_dir() or Path(args.json).is_dir() or not os.access(folder, os.W_OK):

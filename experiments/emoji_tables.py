@@ -240,7 +240,7 @@ def save(figure, axes, name):
 
 
 def main():
-    args = parse("emoji_tables.py", __doc__, PLAN)
+    args = parse("python -m experiments.emoji_tables", __doc__, PLAN)
     if args.pictures:
         draw_all()
     else:

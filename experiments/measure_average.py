@@ -2,8 +2,9 @@
 
     python -m experiments.measure_average --stage 1 --iterations 2000 --folder runs/average
 
-Takes the flags of train.py, for one stage. No average acts on the training, so all of them see the
-same weights. Writes results/average/<method>-<stage>.json, and best.pt for the stage after.
+Takes the flags of train.py, for one stage of a new folder. No average acts on the training, so all
+of them see the same weights. Writes results/average/<data set>-<method>-<stage>.json, and best.pt
+for the stage after.
 """
 
 import copy
@@ -36,7 +37,7 @@ WEIGHTS = "weights"
 
 
 def scores(network, scorer, config):
-    """digits-FID at the stage's own number of steps, of each block of images."""
+    """The data set's FID at the stage's own number of steps, of each block of images."""
     def task(seeds):
         asked = choose_classes(scorer.labels, seeds, network.conditions.count)
         return sample_block(network, seeds, every_step(config.sigmas), asked, scorer.device)
@@ -46,7 +47,7 @@ def scores(network, scorer, config):
         seeds = range(block * scorer.images, (block + 1) * scorer.images)
         every = scorer.judge.scores(task, seed_blocks(seeds, network, scorer.device),
                                     len(config.sigmas), scorer.images)
-        found.append(every[-1]["digits-FID"])
+        found.append(every[-1][scorer.judge.network.metric])
     return found
 
 
@@ -84,9 +85,14 @@ def main():
     if len(stages) > 1 or not stages[0].config.stage:
         raise UserError("it measures one stage of a student: give --stage 1, 2 or 3")
     _, config, options = stages[0]
+    if any(options.folder.glob("*.pt")):
+        raise UserError(f"{options.folder} holds a run; give another --folder")
+    if config.regression_weight or not config.evaluate_every:
+        raise UserError("allowed: no --regression-weight, and --evaluate-every above 0")
     curve = measure(config, options)
     command = f"python -m experiments.measure_average {shlex.join(sys.argv[1:])}"
-    path = ROOT / "results" / "average" / f"{config.method}-{config.stage}.json"
+    path = ROOT / "results" / "average" / (
+        f"{config.dataset}-{config.method}-{config.stage}.json")
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"command": command, "versions": versions(), "iterations": config.iterations,
                       "images": config.evaluate_images, "curve": curve})

@@ -6,7 +6,6 @@ torch-fidelity is needed for this only: pip install --no-deps torch-fidelity
 """
 
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -20,8 +19,8 @@ import numpy as np
 import scipy
 import torch
 
-from base.errors import UserError, run
-from base.files import ROOT
+from base.errors import Parser, UserError, run
+from base.files import ROOT, write_json
 from fid import frechet_distance
 from metrics.inception import Inception
 
@@ -87,6 +86,7 @@ def frechet_speed():
 
 
 def main():
+    Parser(prog="experiments.measure_fid_speed", description=__doc__).parse_args()
     if os.environ.get("OMP_NUM_THREADS") != str(THREADS):
         raise UserError(f"set OMP_NUM_THREADS={THREADS}, so that both sides have the same threads")
     torch.set_num_threads(THREADS)
@@ -97,9 +97,7 @@ def main():
               "inception": inception_speed(), "frechet": frechet_speed()}
     from torch_fidelity import __version__
     report["torch_fidelity"] = __version__
-    text = json.dumps(report, indent=1)
-    (ROOT / "results" / "fid-speed.json").write_text(text + "\n")
-    print(text)
+    write_json(ROOT / "results" / "fid-speed.json", report)
 
 
 if __name__ == "__main__":

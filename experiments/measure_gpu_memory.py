@@ -5,6 +5,7 @@
 
 import torch
 
+from base.errors import Parser, run
 from base.files import ROOT, write_json
 from base.progress import progress
 from presets.datasets import DATASETS
@@ -21,6 +22,7 @@ WAYS = {"a copy on each": {}, "`--recompute`": {"recompute": True}, "`--shard`":
 
 
 def main():
+    Parser(prog="experiments.measure_gpu_memory", description=__doc__).parse_args()
     planned = []
     for dataset, method, stage, images in ROWS:
         config, network = find(dataset, method, stage).config, DATASETS[dataset].network
@@ -37,4 +39,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

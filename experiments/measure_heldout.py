@@ -7,13 +7,13 @@ is least where more training would only learn the 1,500 by heart.
 """
 
 import copy
-import json
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from base.files import ROOT
+from base.errors import Parser, run
+from base.files import ROOT, write_json
 from edm_networks import EDMPrecond
 from images import real
 from losses import edm_loss
@@ -25,6 +25,7 @@ ITERATIONS, HELD_OUT, DRAWS = 3000, 297, 8
 
 
 def main():
+    Parser(prog="experiments.measure_heldout", description=__doc__).parse_args()
     config, digits = find("digits", "pmdd", 0).config, real.digits()
     pixels, labels = digits.take(list(range(len(digits))))
     x, y = from_uint8(pixels), F.one_hot(labels, 10).float()
@@ -59,8 +60,8 @@ def main():
                           "seen": mean_loss(seen[:HELD_OUT])})
     record = {"command": "OMP_NUM_THREADS=1 python -m experiments.measure_heldout",
               "torch": torch.__version__, "network": DIGITS.network, "curve": curve}
-    (ROOT / "results" / "heldout.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(ROOT / "results" / "heldout.json", record)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

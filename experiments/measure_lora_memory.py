@@ -7,21 +7,19 @@ from dataclasses import replace
 
 import torch
 
+from base.errors import Parser, run
 from base.files import ROOT, write_json
 from base.progress import progress
 from presets.rows import find
-from text_to_image import SD15_NETWORK, SD_LEVELS, SDXL_NETWORK
+from text_to_image import SD15_NETWORK, SDXL_NETWORK
 from train import iteration
-from training.cost import memory
+from training.plan import memory
 
 RANK = 64                       # DMD2's
-# DMD2's four steps of SDXL with its GAN; of the rest of its row nothing takes memory.
-SDXL = replace(find("sd15", "dmd2", 1).config, stage=4, trained_step="random", gan_weight=5e-3,
-               sigmas=tuple(SD_LEVELS.table[[999, 749, 499, 249]].tolist()), guidance=8.0)
 # (text, configuration, network, images of a pass)
 ROWS = (("SD v1.5, stage 1", find("sd15", "pmdd", 1).config, SD15_NETWORK, (1, 2, 4)),
         ("SD v1.5, stage 2", find("sd15", "pmdd", 2).config, SD15_NETWORK, (1, 2, 4)),
-        ("SDXL, DMD2's four steps with GAN", SDXL, SDXL_NETWORK, (1, 2)))
+        ("SDXL, DMD2's four steps with GAN", find("sdxl", "dmd2", 4).config, SDXL_NETWORK, (1, 2)))
 
 
 def gib(plans):
@@ -34,6 +32,7 @@ def gib(plans):
 
 
 def main():
+    Parser(prog="experiments.measure_lora_memory", description=__doc__).parse_args()
     planned = [{"what": text, "gib": gib({size: memory(
         iteration, replace(config, lora=RANK), network, size, precision="bf16")
         for size in sizes})} for text, config, network, sizes in progress(ROWS, desc="plans")]
@@ -43,4 +42,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,7 +5,6 @@
 Batch 8 on 2 threads, both in one process, in turn; medians, and the ratio ours / grouped.
 """
 
-import json
 import statistics
 import time
 from unittest import mock
@@ -13,7 +12,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from base.files import ROOT
+from base.errors import Parser, run
+from base.files import ROOT, write_json
 from edm_networks import Conv2d, EDMPrecond
 from presets.datasets import CIFAR10
 
@@ -36,6 +36,7 @@ def grouped_forward(conv, x):
 
 
 def main():
+    Parser(prog="experiments.measure_network_speed", description=__doc__).parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     network = EDMPrecond(**CIFAR10.network).eval()
@@ -73,10 +74,8 @@ def main():
             what: round(statistics.median(a / b for a, b in zip(seconds["ours", what],
                                                                 seconds["grouped", what])), 4)
             for what in ("forward", "forward and backward")}}
-    text = json.dumps(report, indent=1)
-    (ROOT / "results" / "network-speed.json").write_text(text + "\n")
-    print(text)
+    write_json(ROOT / "results" / "network-speed.json", report)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -6,7 +6,6 @@ The first part runs evaluate.py as a user would, with 5,000 and with 50,000 imag
 passes of the embedded student in this process, in turn, on one thread.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -16,7 +15,8 @@ import time
 
 import torch
 
-from base.files import ROOT
+from base.errors import Parser, run
+from base.files import ROOT, write_json
 from weights import checkpoint
 
 BATCH, ROUNDS = 64, 15
@@ -65,16 +65,15 @@ def passes():
 
 
 def main():
+    Parser(prog="experiments.measure_sampling_speed", description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scored = [evaluate(images, folder) for images in (5_000, 50_000)]
     torch.set_num_threads(1)
     report = {"command": "python -m experiments.measure_sampling_speed", "torch": torch.__version__,
               "cores": os.cpu_count(), "evaluate.py at 1, 2 and 3 steps": scored,
               f"one pass of {BATCH} images, one thread": passes()}
-    text = json.dumps(report, indent=1)
-    (ROOT / "results" / "sampling-speed.json").write_text(text + "\n")
-    print(text)
+    write_json(ROOT / "results" / "sampling-speed.json", report)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from base.files import ROOT
+from base.errors import Parser, run
+from base.files import ROOT, write_json
 from edm_networks import EDMPrecond
 from metrics.inception import Inception
 from presets.datasets import DATASETS
@@ -138,13 +139,14 @@ def draw(curves, path, width=250, height=190, margin=42):
 
 
 def main():
+    Parser(prog="experiments.measure_scaling", description=__doc__).parse_args()
     curves = measured()
     report = {"command": "python -m experiments.measure_scaling", "torch": torch.__version__,
               "cores": os.cpu_count(), "threads_a_process": 1, "dataset": "digits",
               "method": "pmdd", "measured": curves, "assumed": ASSUMED, "computed": computed()}
-    (ROOT / "results" / "bench-scaling.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(ROOT / "results" / "bench-scaling.json", report)
     draw(curves, (ROOT / "results" / "scaling.png"))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

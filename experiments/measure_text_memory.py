@@ -5,6 +5,7 @@
 
 import torch
 
+from base.errors import Parser, run
 from base.files import ROOT, write_json
 from base.progress import progress
 from presets.datasets import DATASETS
@@ -22,6 +23,7 @@ ROWS = (("stage 1, one GPU", "pmdd", 1, 1, "bf16", (1, 10, 20, 40)),
 
 
 def main():
+    Parser(prog="experiments.measure_text_memory", description=__doc__).parse_args()
     network, planned = DATASETS["sd15"].network, []
     for text, method, stage, processes, precision, sizes in progress(ROWS, desc="plans"):
         config = find("sd15", method, stage).config
@@ -38,4 +40,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

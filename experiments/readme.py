@@ -199,6 +199,16 @@ def heldout():
                      for name in ("seen", "unseen")])
 
 
+def averages():
+    """How fast the average should forget: of one training, by measure_average.py."""
+    curve = result("average/digits-pmdd-1.json")["curve"]
+    shown = {"weights": "the weights", "0": "constant half-life", "0.02": "ramps up, 0.02",
+             "0.05": "0.05", "0.1": "0.1", "0.2": "0.2"}
+    return markdown(["digits-FID after iterations", *shown.values()],
+                    [[f"{one['iterations']:,}", *(f"{one[name][0]:.2f}" for name in shown)]
+                     for one in curve])
+
+
 def in_two(make):
     """A table of cells "digits-FID; right class" as one table for each."""
     heading, _, *rows = [line.strip("| ").split(" | ") for line in make().splitlines()]
@@ -262,7 +272,7 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
              emoji_judge, emoji_embedded, emoji_steps, iteration, deviations, rooms, files,
-             published, summary, heldout, soak)},
+             published, summary, heldout, averages, soak)},
          **speed_tables.TABLES, **tables.TABLES, **emoji_tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}

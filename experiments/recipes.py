@@ -2,7 +2,7 @@
 
     python -m experiments.recipes                   make the runs that results/recipes has not
     python -m experiments.recipes --only digits-row digits-noises-2 --seeds 0
-    python -m experiments.recipes --pictures        results/recipes/*.png of them (needs matplotlib)
+    python -m experiments.recipes --pictures        pictures of them (needs matplotlib)
 
 All changes have the same network passes, counted by training.passes; the whole recipes
 have their own. Each run is a command of train.py and one of evaluate.py, on one thread.
@@ -140,7 +140,7 @@ def commands(plan, name, seed):
 
 
 PLANS = {dataset: Plan(runs_of(dataset), commands, study.metric, study.share,
-                       Path("results/recipes"), Path("runs/recipes"))
+                       Path("results/recipes") / dataset, Path("runs/recipes") / dataset)
          for dataset, study in STUDIES.items()}
 
 
@@ -196,12 +196,13 @@ def draw(dataset):
     axis.set(xlabel="network passes", ylabel=plan.metric, yscale="log")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    figure.savefig(ROOT / plan.kept / f"{dataset}.png", dpi=100)
+    (ROOT / plan.kept).mkdir(parents=True, exist_ok=True)
+    figure.savefig(ROOT / plan.kept / "passes.png", dpi=100)
     plt.close(figure)
 
 
 def main():
-    args = parse("recipes.py", __doc__, *PLANS.values())
+    args = parse("python -m experiments.recipes", __doc__, *PLANS.values())
     for dataset, plan in PLANS.items():
         if args.pictures:
             draw(dataset)

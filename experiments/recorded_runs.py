@@ -149,7 +149,8 @@ def make(plan, name, seed, others, needed=None):
         return
     kept = ROOT / plan.kept / name / f"seed{seed}"
     kept.mkdir(parents=True, exist_ok=True)
-    (kept / "evaluation.json").unlink(missing_ok=True)
+    for old in kept.glob("*.json"):
+        old.unlink()
     began = time.monotonic()
     for command in commands:
         execute(command)
@@ -197,13 +198,16 @@ def make_all(plan, names, seeds, jobs):
 
 def make_again(plan, names, seeds, jobs):
     """A second time, in a folder of its own; what is equal to the record is recorded too."""
-    second = plan.again
+    second, wanted = plan.again, [(name, seed) for name in names for seed in seeds
+                                  if seed in plan.runs[name].seeds]
+    if unmade := [f"{name} of seed {seed}" for name, seed in wanted if seed not in plan.done(name)]:
+        raise UserError(f"--again: there is no record of {', '.join(unmade)} to compare with")
     shutil.rmtree(ROOT / second.kept.parent, ignore_errors=True)
     make_all(second, names, seeds, jobs)
     found = [{"run": name, "seed": seed,
               "figures": plan.scores(name, seed) == second.scores(name, seed),
               "metrics": plan.log(name, seed) == second.log(name, seed)}
-             for name in names for seed in seeds if seed in plan.runs[name].seeds]
+             for name, seed in wanted]
     path = ROOT / plan.kept / "again.json"
     made = [(one["run"], one["seed"]) for one in found]
     kept = [one for one in (read_json(path) if path.exists() else [])

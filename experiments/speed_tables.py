@@ -1,16 +1,15 @@
 """The tables of docs/SPEED.md, from the records of bench.py and of the measuring scripts."""
 
-import json
 from statistics import median
 
-from base.files import ROOT
+from base.files import ROOT, read_json
 from experiments.recorded_runs import markdown
 
 NOT_MEASURED = "not measured"
 
 
 def result(name):
-    return json.loads((ROOT / "results" / name).read_text())
+    return read_json(ROOT / "results" / name)
 
 
 def speed():
@@ -59,7 +58,7 @@ def measured(head, rows):
 
 def benchmarks():
     """Every run of every bench.py record, by dataset, stage and loss."""
-    records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("bench-*.json")]
+    records = [read_json(path) for path in (ROOT / "results").glob("bench-*.json")]
     runs = [one | {"threads": record["threads"], "device": record["device"]}
             for record in records for one in record.get("runs", ())]
     return sorted(runs, key=lambda one: (one["dataset"] != "digits", one["threads"], one["stage"],
@@ -100,11 +99,11 @@ def loop():
 
 def loop_shares():
     """Where an iteration's time goes."""
-    names = ("roll-out", "student update", "adapted update", "EMA", "the rest",
-             "clipping and AdamW")
-    return markdown([*TRAINED, *names],
-                    [[*cells, *(f"{100 * one['training']['share_of_time'].get(name, 0):.0f}%"
-                                for name in names)] for cells, one in training_runs()])
+    names, rows = ("roll-out", "student update", "adapted update"), []
+    for cells, one in training_runs():
+        shares = [one["training"]["share_of_time"][name] for name in names]
+        rows.append([*cells, *(f"{share:.0%}" for share in (*shares, 1 - sum(shares)))])
+    return markdown([*TRAINED, *names, "the rest"], rows)
 
 
 def loop_memory():

@@ -9,13 +9,11 @@ Each run is one command of train.py and one of evaluate.py, on one thread; its s
 under results/tables/<run>/seed<k>/, its checkpoints under runs/tables.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 from base.errors import run
 from base.files import ROOT
-from experiments.recorded_runs import SEEDS, Plan, Run, parse, run_all
+from experiments.recorded_runs import SEEDS, Plan, Run, execute, parse, run_all
 
 ITERATIONS = 1500                       # of a stage; n steps trained together have n times as many
 IMAGES = 20_000                         # of each figure
@@ -77,12 +75,11 @@ PLAN = Plan(RUNS, commands, "digits-FID", "right_class", Path("results/tables"),
 
 def make_teacher_rows():
     if not (ROOT / PLAN.kept / "teacher.json").exists():
-        subprocess.run([sys.executable, *HEUN.split(), "--n", str(IMAGES), "--out",
-                        str(PLAN.kept / "teacher.json")], cwd=ROOT, check=True)
+        execute(f"python {HEUN} --n {IMAGES} --out {PLAN.kept / 'teacher.json'}")
 
 
 def main():
-    args = parse("tables.py", __doc__, PLAN)
+    args = parse("python -m experiments.tables", __doc__, PLAN)
     if args.pictures:
         from experiments.plots import draw_all
         draw_all()

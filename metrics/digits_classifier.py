@@ -1,6 +1,6 @@
 """The small classifier behind digits-FID, and the perceptual distance made of its layers.
 
-    python -m metrics.digits_classifier      trains it (a minute), writes its two files in assets/
+    python -m experiments.make_assets classifier     trains it (a minute): two files in assets/
 
 Its penultimate features stand in for Inception's on the embedded 8x8 digits. A Frechet distance in
 them is digits-FID: good for comparing models of the digits, comparable with no published FID.

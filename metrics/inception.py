@@ -1,6 +1,7 @@
 """The Inception-v3 network whose features FID compares: 2015-12-05 weights, one of two resizes.
 
-A feature network maps uint8 images to (features, logits); digits_classifier.py is the other one.
+A feature network maps uint8 images to (features, logits); digits_classifier.py and
+emoji_judge.py have the others.
 """
 
 from contextlib import contextmanager

@@ -264,7 +264,8 @@ def test_a_backward_pass_into_weights_costs_two_forward_passes_and_into_images_o
     (("--iterations", "3"), "multiples of --ttur"), (("--repeats", "0"), "--repeats is 0"),
     (("--peak-tflops", "-1"), "--peak-tflops"), (("--json", "/none/x.json"), "no file can be"),
     (("--width", "3"), "--width 3"), (("--nothing",), "--nothing"), (("--stage", "9"), "--stage"),
-    (("--dry-run",), "train.py --dry-run"), (("--json", "/"), "--json /")])
+    (("--dry-run",), "train.py --dry-run"), (("--json", "/"), "--json /"),
+    (("--dataset", "emoji", "--stage", "1"), "not text to image")])
 def test_a_mistake_ends_with_two_and_one_line(argv, said, monkeypatch, capsys):
     assert call(monkeypatch, bench, *argv) == 2
     error = capsys.readouterr().err

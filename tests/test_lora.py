@@ -19,7 +19,7 @@ from base.errors import UserError
 from helpers import call
 from losses import denoising_loss
 from models import AdaptedWithHead, sample_seeds, sample_student
-from training import cost
+from training import plan as plans
 from training.options import parse
 from training.roles import load_roles
 from training.run_folder import read_metrics
@@ -283,7 +283,7 @@ def test_diffusers_makes_our_images_from_the_exported_lora(here, trained, monkey
 
 def plan(base, *argv):
     stage, = parse(["--dataset", "sd15", "--stage", "2", "--batch", "2", *argv])
-    return cost.memory(train.iteration, stage.config, base.config, 2, precision="bf16")
+    return plans.memory(train.iteration, stage.config, base.config, 2, precision="bf16")
 
 
 def test_the_plan_counts_the_base_once(here):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from helpers import call
 from experiments import compare, measure_average, recipes
 from models import KARRAS
 from presets import rows
@@ -44,6 +45,20 @@ def test_at_the_second_evaluation_the_average_is_no_worse_than_the_weights(
     weights, ramped, constant = (sum(second[name]) / 2 for name in ("weights", "0.05", "0"))
     spread = abs(second["weights"][0] - second["weights"][1])
     assert ramped < weights + spread < constant         # which is still the teacher
+
+
+@pytest.mark.parametrize("argv, said", [
+    ("--stage 1", "holds a run; give another --folder"), ("", "give --stage 1, 2 or 3"),
+    ("--method dmd --folder new", "no --regression-weight"),
+    ("--stage 1 --evaluate-every 0 --folder new", "--evaluate-every above 0")])
+def test_measuring_averages_touches_no_run(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    best = tmp_path / "runs" / "digits-pmdd" / "stage1" / "best.pt"
+    best.parent.mkdir(parents=True)
+    best.write_bytes(b"kept")
+    assert call(monkeypatch, measure_average, *argv.split()) == 2
+    assert said in capsys.readouterr().err and best.read_bytes() == b"kept"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [best]
 
 
 @pytest.fixture(scope="module")

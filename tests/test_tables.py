@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from base.errors import UserError
 from experiments import digits_tables, recorded_runs, tables
 from helpers import call
 from presets.config import Config
@@ -105,6 +106,20 @@ def test_a_run_is_made_once_and_made_again_the_same(monkeypatch, tmp_path, capsy
     (plan.kept / "again.json").write_text(json.dumps([other]))
     recorded_runs.make_again(plan, ["pmdd-1"], (0,), 1)     # what others found stays
     assert json.loads((plan.kept / "again.json").read_text())[0] == other
+
+
+def test_only_what_was_recorded_is_made_again_and_nothing_stale_stays_beside_a_run(monkeypatch,
+                                                                                   tmp_path):
+    plan = dataclasses.replace(tables.PLAN, kept=tmp_path / "kept", work=tmp_path / "work")
+    with pytest.raises(UserError, match="no record of dmd of seed 0, sid of seed 0"):
+        recorded_runs.make_again(plan, ["dmd", "sid"], (0,), 1)
+    stale = plan.record("dmd", 0, "unseen-pair.json")
+    stale.parent.mkdir(parents=True)
+    stale.write_text("[]")
+    monkeypatch.setattr(recorded_runs, "execute", lambda command: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recorded_runs.make(plan, "dmd", 0, ["dmd"])
+    assert not stale.exists()
 
 
 def test_what_a_run_starts_from_is_trained_again_where_only_its_record_is_left(monkeypatch,

@@ -47,9 +47,8 @@ def steps_trained(config, step):
 
 
 def draw(config, step, sources, options):
-    """Everything random of one iteration. Each rank draws the whole batch, so that a resumed run,
-    or one on more processes, is the same but for the dropout of stage 0, and keeps its share, in
-    parts of --batch-per-gpu."""
+    """Everything random of one iteration. A rank draws the whole batch and keeps its share, so that
+    a run resumed, or on more processes, is the same, but for the dropout of stage 0."""
     B, size, levels, asked = config.batch, options.batch_per_gpu, sources.levels, sources.conditions
     rng, host_rng = generators(config.seed, step, levels.table.device)
     here, host = dict(generator=rng, device=levels.table.device), dict(generator=host_rng)
