@@ -38,8 +38,7 @@ from metrics.evaluations import out_path, record, records_under, table
 from metrics.judge import (HEUN_STEPS, MANIFOLD, NEIGHBOURS, TEXT_SIDE, Judge, dataset_of,
                            open_real, side_of)
 from models import SEEDS, sample_every_step
-from weights.flags import (LARGEST_NUMBER, Parser, check_guidance, check_sigmas, churn_options,
-                           refuse_of_teachers)
+from weights.flags import LARGEST_NUMBER, Parser, check_shared, churn_options, refuse_of_teachers
 from weights.opening import open_student, open_teacher, steps_text
 
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
@@ -129,9 +128,7 @@ def check(args):
     if args.repeats * (args.n or 50_000) > SEEDS:
         raise UserError(f"--repeats {args.repeats}: its seeds go beyond {SEEDS - 1:,}, from where "
                         "on torch draws the same images again")
-    check_sigmas(args.sigmas)
-    churn_options(args.churn)
-    check_guidance(args.guidance)
+    check_shared(args)
     check_side(args.side)
     if args.clip_model and not args.clip:
         raise UserError("--clip-model is for --clip; give both or neither")

@@ -27,8 +27,7 @@ from images.pictures import comparison, grid, save_png
 from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
 from models import SEEDS, sample_student
-from weights.flags import (LARGEST_NUMBER, Parser, check_guidance, check_sigmas, churn_options,
-                           refuse_of_teachers)
+from weights.flags import LARGEST_NUMBER, Parser, check_shared, churn_options, refuse_of_teachers
 from weights.opening import Opened, open_network, open_student, open_teacher, steps_text
 
 LARGEST_GRID = 4096             # images; a grid is the one output that is held in memory
@@ -84,9 +83,7 @@ def check(args):
                         "and --grid")
     if args.steps and (args.teacher or args.heun):
         raise UserError("--steps is for a student; a teacher takes --heun")
-    check_sigmas(args.sigmas)
-    churn_options(args.churn)
-    check_guidance(args.guidance)
+    check_shared(args)
     args.all_prompts = args.prompt or args.prompts and prompts_for(
         args.dataset, args.prompts, len(SHOWN))
     args.kind = kind_of(args.out)
@@ -229,19 +226,13 @@ def write_picture(path, blocks, args, rows, labels):
 
 def prompted(variants, args, texts):
     """A row for each prompt, its caption beside it; to compare, one for each of its seeds."""
+    scale = max(1, 128 // variants[0].shape[2])         # small pictures are shown at 128 pixels
     if not args.compare:
-        return grid(variants[0], len(args.all_seeds), scale=larger(variants[0]),
-                    row_labels=args.all_prompts)
+        return grid(variants[0], len(args.all_seeds), scale, row_labels=args.all_prompts)
     captions = [prompt if seed == args.all_seeds[0] else "" for prompt in args.all_prompts
                 for seed in args.all_seeds]
     images = np.stack(variants, 1).reshape(-1, *variants[0].shape[1:])
-    return grid(images, len(variants), scale=larger(images), row_labels=captions,
-                column_labels=texts)
-
-
-def larger(images):
-    """Small pictures are shown at 128 pixels."""
-    return max(1, 128 // images.shape[2])
+    return grid(images, len(variants), scale, row_labels=captions, column_labels=texts)
 
 
 def class_name(names, number):

@@ -56,15 +56,13 @@ class Parser(errors.Parser):
         how.add_argument("--force", action="store_true", help="replace an output that exists")
 
 
-def check_sigmas(sigmas):
-    if not falling(sigmas or ()):
-        raise UserError(f"--sigmas {' '.join(map(str, sigmas))}: must fall from step to step and "
-                        "stay above 0")
-
-
-def check_guidance(weight):
-    if weight is not None and not 0 <= weight < math.inf:
-        raise UserError(f"--guidance {weight}: must be 0 or more")
+def check_shared(args):
+    if not falling(args.sigmas or ()):
+        raise UserError(f"--sigmas {' '.join(map(str, args.sigmas))}: must fall from step to step "
+                        "and stay above 0")
+    if args.guidance is not None and not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance {args.guidance}: must be 0 or more")
+    churn_options(args.churn)
 
 
 def refuse_of_teachers(args):
