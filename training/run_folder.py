@@ -34,7 +34,7 @@ def open_run(folder, config, options):
     except OSError:
         raise UserError(f"another process is training in {folder}; wait for it or choose another "
                         "--folder") from None
-    remove_leftovers(folder.rglob(".*.tmp"))                # of what was killed while it saved
+    remove_leftovers(list(folder.rglob(".*.tmp")))          # of what was killed while it saved
     path, (now, how) = folder / "config.json", as_json(config, options)
     started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()
     if path.exists() and started and not options.force:
