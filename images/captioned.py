@@ -164,8 +164,7 @@ def read_captions(prompts, coco, n, dataset=None):
     n = n or min(len(texts), COCO_IMAGES)
     if not 2 <= n <= len(texts):
         fewer = "; a smaller --n takes the first of them" if len(texts) > 1 else ""
-        raise UserError(f"{path}: captions: {len(texts)}, images: {max(n, 2)}, which need as many"
-                        + fewer)
+        raise UserError(f"{path} has {len(texts)} captions, {max(n, 2)} images need as many{fewer}")
     about = {"file": shown(path), "sha256": file_digest(path)}
     if not prompts:
         about["choice"] = f"one caption of each picture, drawn by seed {COCO_SEED} as their order"

@@ -127,22 +127,6 @@ def test_npz_zip_and_folder_hold_the_images_of_the_network_called_directly(stude
     assert json.loads(Path("a/dataset.json").read_text())["labels"][0][0] == "000005.png"
 
 
-def test_a_letter_that_comes_into_the_folder_while_it_is_replaced_stays(student, monkeypatch):
-    flags = ["--checkpoint", "student.pt", "--out", "a"]
-    assert call(monkeypatch, sample, *flags, "--n", 3) == 0
-    draw = sample.draw_block
-
-    def drawn(*args, **options):
-        Path("a/letter.txt").write_text("kept")
-        return draw(*args, **options)
-
-    monkeypatch.setattr(sample, "draw_block", drawn)
-    assert call(monkeypatch, sample, *flags, "--seeds", 7, "--force") == 0
-    assert sorted(os.listdir("a")) == ["000007.png", "dataset.json", "letter.txt"]
-    assert Path("a/letter.txt").read_text() == "kept" and set(os.listdir()) == {
-        "a", "student.pt", "teacher.pt"}
-
-
 def test_from_python_each_image_is_asked_for_something_or_none_is(student):
     images = sample.load("student.pt")
     assert nearly_equal(images(3, asked=[7, 1, 0]).numpy(),
