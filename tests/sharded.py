@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny_pipelines  # noqa: E402
 import train  # noqa: E402
+from torch.distributed import fsdp  # noqa: E402, F401      before measured() freezes
 from base import distributed  # noqa: E402
 from models import Conditions  # noqa: E402
 from presets.rows import find  # noqa: E402
@@ -92,7 +93,7 @@ def wide_network():
 
 
 def tensors():
-    """Bytes of all tensors that Python knows."""
+    """Bytes of all tensors that Python knows and has made since gc.freeze()."""
     storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in (
         torch.Tensor, torch.nn.Parameter)]
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
@@ -113,7 +114,9 @@ def whole_now(modules):
 
 def measured():
     """Of three iterations: most bytes between blocks and at updates, and what the plan foresees."""
-    device, before = torch.device("cpu"), tensors()
+    wide_network()          # loads the libraries; their million objects need not be looked through
+    gc.freeze()             # at every update
+    device = torch.device("cpu")
     config = dataclasses.replace(find("sdxl", "pmdd", 1, network={"unet": {}}).config, batch=2,
                                  guidance=1.0, ttur=2)
     network = wide_network()
@@ -142,9 +145,9 @@ def measured():
             output.register_hook(see)
 
     def updating(*args):
-        held.append(tensors() - before)
+        held.append(tensors())
         update(*args)
-        held.append(tensors() - before)
+        held.append(tensors())
 
     for network in networks[:3]:
         for block in network.blocks:
@@ -155,8 +158,10 @@ def measured():
         parts = draw(config, step, sources, options)
         train.iteration(config, roles, optimizers, parts, step % config.ttur == 0)
     train.update = update
-    planned = plan.memory(train.iteration, config, plain, 1, 2, shard=True)
-    return sizes | {"whole": max(whole), "held": max(held), "planned": planned}
+    found = sizes | {"whole": max(whole), "held": max(held)}
+    if distributed.rank() == 0:                         # one plan for all
+        found["planned"] = plan.memory(train.iteration, config, plain, 1, 2, shard=True)
+    return found
 
 
 def main(folder):

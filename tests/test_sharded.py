@@ -93,11 +93,11 @@ def test_it_goes_on_with_another_number_of_processes(here, monkeypatch):
 
 
 def test_no_rank_holds_more_than_its_share_and_a_block(here):
-    for rank in (0, 1):
-        found = json.loads((here / f"memory-{rank}.json").read_text())
-        planned, block = found["planned"], found["block"] + found["rest"]
-        noise = planned.pop(plan.ACTIVATIONS)
-        extra = planned.pop("blocks that are whole")
+    ranks = [json.loads((here / f"memory-{rank}.json").read_text()) for rank in (0, 1)]
+    planned = ranks[0]["planned"]
+    noise, extra = planned.pop(plan.ACTIVATIONS), planned.pop("blocks that are whole")
+    for found in ranks:
+        block = found["block"] + found["rest"]
         # Weights, average, teacher, moments and one gradient, half of each.
         assert found["held"] < sum(planned.values()) + block + noise / 20
         assert found["held"] > 0.9 * sum(planned.values())
