@@ -1,15 +1,19 @@
 """What tests of the command lines share: stand-ins for trained networks, and ways to call."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from base import errors
 from edm_networks import EDMPrecond
+from metrics.inception import RESIZES, ConvNorm, Inception
 from presets.datasets import DIGITS, PMDD_SIGMAS
 from weights import checkpoint
 
@@ -54,3 +58,47 @@ def torchrun(processes, script, *args, cwd):
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def in_ranks(processes, script, *args, cwd):
+    """A script's main() on several processes, as torchrun starts them, but forks of this one: they
+    need not load every library again, and have what a test has patched."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank):
+        os.chdir(cwd)
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
+                "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        sys.argv = [f"{script.__name__}.py", *map(str, args)]
+        errors.run(script.main)                         # ends in SystemExit
+
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=one, args=[rank], daemon=True) for rank in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [0] * processes
+
+
+class ShallowInception(Inception):
+    """In Inception's place where many figures are made: two layers that see all of the resized
+    picture. Its files, passes and folding are Inception's own."""
+
+    dimensions = 8 * 4 * 4
+
+    def __init__(self, resize="tf1"):
+        torch.nn.Module.__init__(self)
+        self.resize = RESIZES[resize]
+        self.first, self.second = ConvNorm(3, 8, 3, stride=2), ConvNorm(8, 8, 3, stride=2)
+        self.fc = torch.nn.Linear(self.dimensions, self.classes)
+        self.eval().requires_grad_(False)
+
+    def _chunk(self, images):
+        x = (self.resize(images.to(self.fc.weight.dtype)) - 128) / 128
+        x = self.second(self.first(x.expand(-1, 3, -1, -1)))
+        features = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        return features, self.fc(features)

@@ -13,7 +13,7 @@ import torch
 import evaluate
 import sample
 from base import files
-from helpers import call, save_student, small_network, torchrun
+from helpers import call, in_ranks, save_student, small_network
 from images.real import open_images
 from metrics import evaluations, judge
 from metrics.digits_classifier import load_digits_network
@@ -172,7 +172,7 @@ def test_a_second_evaluation_gives_the_same_record_and_does_not_pile_up(student,
 
 def test_processes_agree_with_one(student, monkeypatch, tmp_path):
     flags = ["--checkpoint", "student.pt", "--number", 150, "--precision-recall"]
-    torchrun(2, "evaluate.py", *flags, "--out", "two.json", cwd=tmp_path)
+    in_ranks(2, evaluate, *flags, "--out", "two.json", cwd=tmp_path)
     assert call(monkeypatch, evaluate, *flags, "--out", "one.json") == 0
     for two, one in zip(values("two.json"), values("one.json"), strict=True):
         for name in one:

@@ -17,7 +17,7 @@ import sample
 from base import distributed
 from base.errors import UserError
 from faults import until
-from helpers import GOLDEN, ROOT, call, save_student, small_network, torchrun
+from helpers import GOLDEN, ROOT, call, in_ranks, save_student, small_network, torchrun
 from images import from_seeds, sets
 from images.real import open_images
 from models import sample_heun, sample_seeds, sample_student, to_uint8
@@ -95,7 +95,7 @@ def test_bits_of_an_image_do_not_depend_on_its_company_or_on_threads(family):
 def test_processes_share_the_work_and_write_the_same_file(student, tmp_path):
     flags = ["--checkpoint", "student.pt", "--number", 150]
     torchrun(2, "sample.py", *flags, "--out", "two.zip", cwd=tmp_path)
-    torchrun(1, "sample.py", *flags, "--out", "one.zip", cwd=tmp_path)
+    in_ranks(1, sample, *flags, "--out", "one.zip", cwd=tmp_path)
     assert Path("one.zip").read_bytes() == Path("two.zip").read_bytes()
     assert len(open_images("one.zip")) == 150
 
