@@ -235,7 +235,8 @@ def test_one_two_and_three_processes_give_the_same_statistics(digits, tmp_path):
     score.add(range(301), digits(load_digits()[0][:301])[1])
     for ranks in (1, 2, 3):
         out = tmp_path / f"{ranks}.npz"
-        torch.multiprocessing.spawn(_rank, (ranks, tmp_path / f"store{ranks}", out), ranks)
+        torch.multiprocessing.start_processes(_rank, (ranks, tmp_path / f"store{ranks}", out),
+                                              ranks, start_method="fork")
         with np.load(out) as file:
             assert relative(file["mean"], whole.mean()) < 1e-9
             assert relative(file["covariance"], whole.covariance()) < 1e-9

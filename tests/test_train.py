@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import gc
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from presets import datasets, rows
 import train
 from base.errors import RunFailed, UserError
 from edm_networks import EDMPrecond
+from helpers import in_ranks
 from images import real
 from images.pictures import draw_curves
 from losses import denoising_loss, dm_loss, edm_loss
@@ -100,13 +102,9 @@ def relative_difference(a, b):
     return worst
 
 
-def run_python(code, *argv, processes=1, check=True, env=None):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = Path(argv[0]) if code is None else None
-    command = start + ([str(script)] if script else ["-c", textwrap.dedent(code)]) + list(
-        argv[1:] if script else argv)
+def run_python(code, *argv, check=True, env=None):
+    script = argv if code is None else ["-c", textwrap.dedent(code), *argv]
+    command = [sys.executable, *map(str, script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}))
     assert not check or done.returncode == 0, done.stdout + done.stderr
@@ -119,24 +117,28 @@ METHODS = {"pmdd": ["--stage", "1"], "dmd": ["--method", "dmd"], "dmd2": ["--met
 
 # ---- Exact resume ----
 
-KILLED = """
-import os, signal, sys
-import train
-from train import draw as real_draw, update as real
-at, which, now = int(sys.argv[1]), sys.argv[2], []
+def exit_code_of_one_killed(at, which, argv):
+    """The exit code of train.main(argv) in a fork of this process, which kills itself in an update
+    of iteration `at`."""
+    now, real_draw, real_update = [], train.draw, train.update
 
-def draw(config, step, *more):
-    now.append(step)
-    return real_draw(config, step, *more)
+    def draw(config, step, *more):
+        now.append(step)
+        return real_draw(config, step, *more)
 
-def update(optimizer, losses, name, *more):
-    if now[-1] == at and name == which:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(optimizer, losses, name, *more)
+    def update(optimizer, losses, name, *more):
+        if now[-1] == at and name == which:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real_update(optimizer, losses, name, *more)
 
-train.draw, train.update = draw, update
-train.main(sys.argv[3:])
-"""
+    def run():
+        train.draw, train.update = draw, update
+        train.main(argv)
+
+    process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
+    process.start()
+    process.join(240)
+    return process.exitcode
 
 
 @pytest.mark.parametrize("more, stage, kills", [
@@ -153,9 +155,8 @@ def test_a_run_killed_at_any_iteration_ends_bit_for_bit_like_one_never_killed(
             train.main(flags(teacher, tmp_path / folder, "--stage", "1", iterations=2))
     train.main(flags(teacher, tmp_path / "whole", *more))
     for at, which in kills:
-        done = run_python(KILLED, str(at), which, *flags(teacher, tmp_path / "killed", *more),
-                          check=False)
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        argv = flags(teacher, tmp_path / "killed", *more)
+        assert exit_code_of_one_killed(at, which, argv) == -signal.SIGKILL
     train.main(flags(teacher, tmp_path / "killed", *more))
     whole, killed = state(tmp_path / "whole", stage), state(tmp_path / "killed", stage)
     assert whole.keys() == killed.keys()
@@ -297,8 +298,7 @@ def test_two_processes_or_four_parts_end_where_one_process_does(teacher, tmp_pat
             train.main(flags(teacher, tmp_path / name, "--stage", "1", iterations=1))
     train.main(flags(teacher, tmp_path / "one", *more, iterations=20))
     train.main(flags(teacher, tmp_path / "four", *more, "--batch-per-gpu", "2", iterations=20))
-    run_python(None, ROOT / "train.py", *flags(teacher, tmp_path / "two", *more, iterations=20),
-               processes=2)
+    in_ranks(2, train, *flags(teacher, tmp_path / "two", *more, iterations=20), cwd=ROOT)
     one = state(tmp_path / "one", stage)
     assert relative_difference(state(tmp_path / "two", stage), one) < 1e-5
     assert relative_difference(state(tmp_path / "four", stage), one) < 1e-5
