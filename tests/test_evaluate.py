@@ -197,6 +197,11 @@ def test_a_record_names_every_file_that_the_figure_depends_on(student, monkeypat
     assert "truncated" in protocol["rounding"] and protocol["precision"] == "fp32"
     assert entry["environment"]["torch"] == torch.__version__
     assert entry["environment"]["device"] == "cpu"
+    images, classes = sample_seeds(student, range(100), partial(
+        sample_student, sigmas=PMDD_SIGMAS[:1]), [k % 10 for k in range(100)])
+    fid, share = by_hand(to_uint8(images), classes)
+    assert entry["figures"]["digits-FID"]["mean"] == pytest.approx(fid, rel=1e-4)
+    assert entry["figures"]["right_class"]["mean"] == pytest.approx(share, abs=0.01)
 
 
 def test_new_weights_replace_the_figures_and_another_protocol_joins_them(student, monkeypatch):

@@ -43,7 +43,13 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 def pmdd(learning_rate, iterations, batch, unforget, teacher):
     return dict(loss="sid", alpha=1.2, ttur=5, learning_rate=learning_rate, iterations=iterations,
                 batch=batch, unforget_weight=unforget, teacher=teacher, trained_step="last",
-                external_sampling=True, gan_weight=0, regression_weight=0, **ADAMW)
+                external_sampling=True, gan_weight=0, regression_weight=0, clip=10, **ADAMW)
+
+
+# Of the averages, in images.
+HALFLIVES = {("cifar10", "pmdd", 1, ""): 500_000, ("sd15", "pmdd", 1, ""): 100_000,
+             ("sd15", "pmdd", 2, ""): 10_000, ("sd15", "pmdd", 3, ""): 10_000,
+             ("sdxl", "dmd2", 4, ""): 50_000, ("sdxl", "dmd2", 1, ""): 50_000}
 
 
 def dmd(learning_rate, iterations, batch, weight, pairs, steps, teacher):
@@ -170,6 +176,7 @@ def test_a_preset_equals_the_papers_row(key):
     differing = {name: (value, getattr(preset.config, name)) for name, value in fields.items()
                  if getattr(preset.config, name) != value}
     assert not differing
+    assert preset.config.ema_halflife == HALFLIVES.get(key, preset.config.ema_halflife)
     assert list(preset.config.sigmas) == pytest.approx(noise_levels(steps, key[0]), rel=1e-9)
     assert preset.paper_fid == fid and preset.gpus == gpus and preset.paper_clip == CLIP.get(key)
     if key in IMAGES:                                   # less than one batch off

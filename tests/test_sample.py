@@ -135,6 +135,14 @@ def test_from_python_each_image_is_asked_for_something_or_none_is(student):
         images(3, asked=[7, 1])
 
 
+def test_bf16_draws_nearly_the_same_images(student, monkeypatch):
+    for how in ("fp32", "bf16"):
+        assert call(monkeypatch, sample, "--checkpoint", "student.pt", "--n", 16, "--precision",
+                    how, "--out", f"{how}.npz") == 0
+    gap = np.abs(np.subtract(*(read_npz(f"{how}.npz")[0] for how in ("fp32", "bf16")), dtype=int))
+    assert 0 < gap.max() and gap.mean() < 3
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_fewer_steps_use_the_first_noise_levels(student, monkeypatch, steps):
     assert call(monkeypatch, sample, "--checkpoint", "student.pt", "--steps", steps, "--n", 16,

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import models
 from presets import datasets, rows
 import train
@@ -31,7 +32,7 @@ from helpers import in_ranks
 from images import real
 from images.pictures import draw_curves
 from losses import denoising_loss, dm_loss, edm_loss
-from models import denoise_together, roll_out
+from models import denoise_together, level, roll_out
 from training import log, run_folder
 from training.draws import Sources, draw
 from training.kept import Rows
@@ -333,6 +334,8 @@ def test_an_iteration_draws_from_its_seed_and_number_alone(argv):
 def test_the_parts_of_all_processes_are_the_batch_in_its_order(
         argv, processes, batch_per_gpu, monkeypatch):
     config, _, sources, options = networks([*argv, "--batch", "8"])
+    if config.stage == 0:
+        config = dataclasses.replace(config, augment=0.5, caption_dropout=0.5)
     (whole,) = draw(config, 0, sources, options)
     share = dataclasses.replace(options, world_size=processes, batch_per_gpu=batch_per_gpu)
     parts = []
@@ -388,12 +391,67 @@ def test_stages_continue_from_the_best_student_and_start_with_nothing_to_unforge
         assert set(saved["fid"]) == {str(n + 1) for n in range(stage)}
 
 
-def test_best_holds_the_lowest_fid_of_the_stages_own_step_count(teacher, tmp_path):
-    train.main(flags(teacher, tmp_path, "--stage", "1", "--evaluate-every", "1", iterations=5))
-    lines = run_folder.read_metrics(tmp_path / "stage1" / "metrics.jsonl")
-    fids = {line["iteration"] + 1: line["digits-FID@1"] for line in lines if "digits-FID@1" in line}
-    best = checkpoint.load(tmp_path / "stage1" / "best.pt")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_best_holds_the_lowest_fid_of_the_stages_own_step_count(teacher, tmp_path, stage):
+    if stage == 2:
+        train.main(flags(teacher, tmp_path, "--stage", "1", iterations=1))
+    train.main(flags(teacher, tmp_path, "--stage", str(stage), "--evaluate-every", "1",
+                     "--ema-rampup", "0", iterations=5))
+    folder, own = tmp_path / f"stage{stage}", f"digits-FID@{stage}"
+    fids = {line["iteration"] + 1: line[own] for line in run_folder.read_metrics(
+        folder / "metrics.jsonl") if own in line}
+    best, latest = (checkpoint.load(folder / f"{name}.pt") for name in ("best", "latest"))
     assert best["best_fid"] == min(fids.values()) == fids[best["iteration"]]
+    evaluate.main(["--checkpoint", str(folder / "latest.pt"), "--n", "12"])     # of the average
+    found = json.loads((folder / "evaluation.json").read_text())["evaluations"]
+    assert len(found) == stage
+    for one in found:
+        figures = {name: figure["mean"] for name, figure in one["figures"].items()}
+        assert figures == pytest.approx(latest["fid"][str(one["evaluations"])], rel=1e-6)
+
+
+def test_own_sampling_compares_with_the_previous_student_on_the_students_own_inputs():
+    config, roles, sources, options = networks(["--stage", "2", "--no-external-sampling"])
+    with torch.no_grad():
+        for parameter in roles.previous.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    (part,) = draw(config, 0, sources, options)
+    x_t = config.sigmas[0] * part.z
+    with torch.no_grad():
+        student, previous = (one(x_t, level(config.sigmas[0], x_t), part.y)
+                             for one in (roles.student, roles.previous))
+    losses, _ = train.iteration(config, roles, train.make_optimizers(config, roles, CPU), [part],
+                                student_turn=True)
+    by_hand = config.unforget_weight * (student - previous).square().mean()
+    assert losses["unforget"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_the_adapted_networks_loss_and_gradient_are_means_over_its_noises():
+    config, roles, sources, options = networks(["--stage", "1", "--adapted-noises", "3"])
+    (part,) = draw(config, 1, sources, options)
+    adapted = copy.deepcopy(roles.adapted)
+    losses, x0 = train.iteration(config, roles, train.make_optimizers(config, roles, CPU), [part],
+                                 student_turn=False)
+    by_hand = sum(denoising_loss(x0, part.sigma_adapted[:, k], part.eps_adapted[:, k], part.y,
+                                 adapted=adapted, sigma_data=0.5) for k in range(3)) / 3
+    by_hand.backward()
+    norm = torch.stack([p.grad.norm() for p in adapted.parameters() if p.grad is not None]).norm()
+    assert losses["denoising"].item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert losses["adapted_gradient"].item() == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_images_seen_are_those_of_student_updates():
+    config, _, sources, options = networks(["--stage", "1", "--ttur", "3"])
+    assert [draw(config, step, sources, options)[0].seen for step in range(7)] == [
+        0, 0, 0, 4, 4, 4, 8]
+
+
+def test_augmented_images_are_those_whose_labels_say_so():
+    config, _, sources, options = networks(["--stage", "0", "--batch", "8"])
+    plain, told = (draw(dataclasses.replace(config, augment=p), 0, sources, options)[0]
+                   for p in (0.0, 0.5))
+    labelled = told.augment_labels.any(1)
+    assert labelled.any() and torch.equal((told.real != plain.real).flatten(1).any(1), labelled)
 
 
 @pytest.mark.parametrize("external", [True, False])
@@ -698,10 +756,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
     assert checkpoint.load(tmp_path / "stage2" / "latest.pt")["iteration"] == at - at % 2
     with pytest.raises(UserError, match=r"learning_rate \(was 0.001, now 0.0005\)"):
         train.main(flags(teacher, tmp_path, "--stage", "2", "--learning-rate", "5e-4"))
-    train.main(flags(teacher, tmp_path, "--stage", "2", "--learning-rate", "5e-4", "--force"))
+    train.main(flags(teacher, tmp_path, "--stage", "2", "--learning-rate", "5e-4",
+                     "--weight-decay", "0.02", "--force"))
     saved = checkpoint.load(tmp_path / "stage2" / "latest.pt")
     assert saved["iteration"] == 7
-    assert all(g["lr"] == 5e-4 for o in saved["optimizers"] for g in o["param_groups"])
+    assert all(g["lr"] == 5e-4 and g["weight_decay"] == 0.02
+               for o in saved["optimizers"] for g in o["param_groups"])
 
 
 @pytest.mark.parametrize("loss, gradient", [(1.0, float("inf")), (float("nan"), 1.0)])
