@@ -288,6 +288,8 @@ def test_a_flag_overrides_its_field_and_only_that(name):
     row = STAGE_0 if name in options.TEACHERS else BASE
     if name == "trained_step":  # A step drawn at random has no previous student to unforget.
         row = [*BASE, "--unforget-weight", 0]
+    if name == "augment":       # for networks that are told of it
+        row = ["--dataset", "cifar10", "--stage", 0]
     if name == "lora":          # of text to image alone
         row = ["--dataset", "sd15", "--stage", 1]
     (_, base, how), = parse(*row)
