@@ -74,12 +74,12 @@ def sigma_lognormal(levels, batch, generator, mean=-1.2, std=1.2):
     return (mean + std * normal).exp()
 
 
-# The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
 def falling(sigmas):
     """Whether these levels fall from step to step and stay above 0."""
     return all(a > b > 0 for a, b in zip([math.inf, *sigmas], sigmas))
 
 
+# The 1000 levels into which DMD divides EDM's noise. EDM's networks take sigma z as pure noise.
 KARRAS = Levels(karras(torch.arange(1000, dtype=torch.float64) / 999), karras, lambda sigma: sigma,
                 sigma_lognormal)
 

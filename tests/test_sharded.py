@@ -66,7 +66,7 @@ def test_twenty_sharded_iterations_are_the_unsharded_ones(here, terms, parts):
     whole, shard = (latest(here / f"{terms}-{how}{parts}") for how in ("plain", "shard"))
     start = checkpoint.load(here / "start" / "stage1" / "best.pt")
     moved = max((whole["student"][k] - v).abs().max() for k, v in start["ema"].items())
-    assert distance(whole, shard) < 2e-5 < 5e-4 < moved         # rounding, another on every CPU
+    assert distance(whole, shard) < 2e-6 < 5e-4 < moved
     for one, other in zip(whole["optimizers"], shard["optimizers"], strict=True):
         assert one["param_groups"] == other["param_groups"]
         for k, moments in one["state"].items():
@@ -89,7 +89,7 @@ def test_it_goes_on_with_another_number_of_processes(here, monkeypatch):
     assert checkpoint.load(here / "elsewhere" / "stage2" / "latest.pt")["iteration"] == 12
     argv = [*COMMON.split(), *TERMS["gan"].split(), "--folder", "elsewhere"]
     assert call(monkeypatch, train, *argv) == 0
-    assert distance(latest(here / "gan-shard"), latest(here / "elsewhere")) < 1e-5
+    assert distance(latest(here / "gan-shard"), latest(here / "elsewhere")) < 2e-6
 
 
 def test_no_rank_holds_more_than_its_share_and_a_block(here):
