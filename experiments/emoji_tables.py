@@ -202,31 +202,33 @@ def draw_all():
     plt = matplotlib_pyplot()
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
     for (k, sampling), axis in zip(((k, s) for k in (2, 1) for s in SAMPLINGS), axes.flat):
-        for name in (f"beta-{weight}-{sampling}" for weight in WEIGHTS):
-            if PLAN.done(name):
+        for number, weight in enumerate(WEIGHTS):
+            if PLAN.done(name := f"beta-{weight}-{sampling}"):
                 axis.plot(*PLAN.over_training(name, 0, f"emoji-FID@{k}"), marker=".",
-                          label=f"beta {name.split('-')[1]}")
+                          color=f"C{number}", label=f"beta {weight}")
         own = "own" if sampling.startswith("no") else "external"
-        axis.set(title=f"{steps_text(k)}, {own} sampling", ylabel="emoji-FID", yscale="log",
+        axis.set(title=f"{steps_text(k)}, {own} sampling", ylabel="emoji-FID",
                  xlabel="iterations")
     save(figure, axes.flat, "unforget.png")
 
     figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
     for text, points in trade_offs().items():
-        axis.plot(*zip(*points), label=text, marker="o")
+        axis.plot(*zip(*points.values()), label=text, marker="o")
+        for weight, point in points.items():
+            axis.annotate(f"{weight:g}", point, (5, 5), textcoords="offset points", fontsize=8)
     axis.set(xlabel="right picture", ylabel="emoji-FID")
     save(figure, [axis], "guidance.png")
 
 
 def trade_offs():
-    """(right picture, emoji-FID) of each guidance, of the teacher and the one-step student."""
+    """Guidance -> (right picture, emoji-FID), of the teacher and of the one-step student."""
     found = {}
     for weight in GUIDANCES:
         for text, name, steps, file in (("teacher", "teacher", EVALUATIONS, file_of(weight)),
                                         ("student, 1 step", guided(weight), 1, "evaluation.json")):
             if PLAN.done(name):
-                found.setdefault(text, []).append([PLAN.score(name, 0, steps, what, file)
-                                                   for what in (PLAN.share, PLAN.metric)])
+                found.setdefault(text, {})[weight] = [PLAN.score(name, 0, steps, what, file)
+                                                      for what in (PLAN.share, PLAN.metric)]
     return found
 
 
