@@ -102,7 +102,7 @@ class LoRA(nn.Module):
 def tensors_in(path):
     """Of a safetensors file; the alpha that diffusers writes beside a LoRA's, with each layer's."""
     with reading(path), library("safetensors").safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         require(not told.get("unet.use_rslora") and not told.get("unet.alpha_pattern"),
                 "its scale is not one for all layers, nor alpha / rank")
