@@ -94,8 +94,8 @@ def iteration(config, roles, optimizers, parts, student_turn, autocast=nullconte
             terms = {"denoising": denoising_loss(
                 x0, part.sigma_adapted[:, k], part.eps_adapted[:, k], part.y,
                 adapted=roles.adapted_ddp, sigma_data=student.sigma_data)}
-            if config.gan_weight:                       # DMD2 Eq. 4, the discriminator
-                terms["discriminator"] = config.gan_adapted_weight * gan_adapted_loss(
+            if config.gan_weight and k + 1 == noises:   # DMD2 Eq. 4, the discriminator: once
+                terms["discriminator"] = noises * config.gan_adapted_weight * gan_adapted_loss(
                     x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real, part.eps_real,
                     part.y, part.y_real, discriminator=partial(roles.adapted_ddp, output="logits"))
             backward(terms, adapted_losses, len(parts) * noises)

@@ -178,7 +178,7 @@ def main(folder):
     for terms, flags in TERMS.items():
         for how, more in HOW.items():
             run(f"{terms}-{how}", flags, more)
-    with killed(25):
+    with killed(20):                                    # of 30, soon after it was saved
         run("killed", TERMS["gan"], HOW["shard"])
     if distributed.rank() == 0:
         shutil.copytree("killed", "elsewhere")          # to be resumed by other numbers of them

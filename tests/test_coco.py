@@ -107,7 +107,7 @@ def save_student(folder, name, steps):
 
 @pytest.fixture(scope="module", autouse=True)
 def shallow():
-    """Inception itself scores in test_fid.py, test_own.py and the runs of test_text_command.py."""
+    """Inception itself scores in test_fid.py, test_own.py and test_cifar10_command.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics.inception, "Inception", ShallowInception)
         yield

@@ -31,7 +31,7 @@ from edm_networks import EDMPrecond
 from helpers import in_ranks
 from images import real
 from images.pictures import draw_curves
-from losses import denoising_loss, dm_loss, edm_loss
+from losses import denoising_loss, dm_loss, edm_loss, gan_adapted_loss
 from models import denoise_together, level, roll_out
 from training import log, run_folder
 from training.draws import Sources, draw
@@ -426,18 +426,29 @@ def test_own_sampling_compares_with_the_previous_student_on_the_students_own_inp
     assert losses["unforget"].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
-def test_the_adapted_networks_loss_and_gradient_are_means_over_its_noises():
-    config, roles, sources, options = networks(["--stage", "1", "--adapted-noises", "3"])
+@pytest.mark.parametrize("gan", [[], ["--method", "dmd2", "--gan-adapted-weight", "0.5"]],
+                         ids=["", "gan"])
+def test_the_adapted_networks_loss_and_gradient_are_means_over_its_noises(gan, monkeypatch):
+    config, roles, sources, options = networks(["--stage", "1", "--adapted-noises", "3", *gan])
     (part,) = draw(config, 1, sources, options)
-    adapted = copy.deepcopy(roles.adapted)
+    adapted, asked = copy.deepcopy(roles.adapted), []
+    monkeypatch.setattr(train, "gan_adapted_loss",
+                        lambda *a, **k: asked.append(k) or gan_adapted_loss(*a, **k))
     losses, x0 = train.iteration(config, roles, train.make_optimizers(config, roles, CPU), [part],
                                  student_turn=False)
     by_hand = sum(denoising_loss(x0, part.sigma_adapted[:, k], part.eps_adapted[:, k], part.y,
                                  adapted=adapted, sigma_data=0.5) for k in range(3)) / 3
+    assert losses["denoising"].item() == pytest.approx(by_hand.item(), rel=1e-5)
+    if gan:                                             # whose noise is one
+        discriminator = 0.5 * gan_adapted_loss(
+            x0, part.real, part.sigma_fake, part.eps_fake, part.sigma_real, part.eps_real, part.y,
+            part.y_real, discriminator=partial(adapted, output="logits"))
+        assert losses["discriminator"].item() == pytest.approx(discriminator.item(), rel=1e-5)
+        by_hand = by_hand + discriminator
     by_hand.backward()
     norm = torch.stack([p.grad.norm() for p in adapted.parameters() if p.grad is not None]).norm()
-    assert losses["denoising"].item() == pytest.approx(by_hand.item(), rel=1e-5)
     assert losses["adapted_gradient"].item() == pytest.approx(norm.item(), rel=1e-4)
+    assert len(asked) == bool(gan)
 
 
 def test_images_seen_are_those_of_student_updates():
@@ -905,9 +916,8 @@ def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path,
 
     monkeypatch.setenv("WORLD_SIZE", "4")                       # a share of the memory; one disk
     monkeypatch.setenv("RANK", "0")
-    for more in ("--shard", "--ema-on-host"):
-        train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", more))
-        assert whole(capsys.readouterr().out) == whole(out)
+    train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", "--shard", "--ema-on-host"))
+    assert whole(capsys.readouterr().out) == whole(out)
     monkeypatch.delenv("RANK")
     # Also for a GPU, and where there is none.
     train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", "--device", "cuda"))
@@ -976,9 +986,9 @@ def test_a_teacher_of_another_size_or_a_student_is_refused_as_teacher(teacher, t
                                   ["--dataset", "cifar10", "--method", "dmd"]])
 def test_every_kind_of_run_has_a_plan(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, known in datasets.DATASETS.items():                # shallow: a deep one takes seconds
-        monkeypatch.setitem(datasets.DATASETS, name, known._replace(
-            network=known.network | ({} if "unet" in known.network else {"num_blocks": 1})))
+    for name, known in datasets.DATASETS.items():                # small: a large one takes seconds
+        monkeypatch.setitem(datasets.DATASETS, name, known._replace(network=known.network | (
+            {} if "unet" in known.network else {"num_blocks": 1, "channel_mult": [1, 2]})))
     train.main([*argv, "--dry-run", "--batch-per-gpu", "1"])
     assert "memory, all tensors of one process" in capsys.readouterr().out
     assert not any(tmp_path.iterdir())
