@@ -60,9 +60,9 @@ def torchrun(processes, script, *args, cwd):
     return done.stdout
 
 
-def in_ranks(processes, script, *args, cwd):
+def in_ranks(processes, script, *args, cwd, code=0):
     """A script's main() on several processes, as torchrun starts them, but forks of this one: they
-    need not load every library again, and have what a test has patched."""
+    need not load every library again, and have what a test has patched. All exit with this code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,7 +81,7 @@ def in_ranks(processes, script, *args, cwd):
         process.start()
     for process in started:
         process.join(120)
-    assert [process.exitcode for process in started] == [0] * processes
+    assert [process.exitcode for process in started] == [code] * processes
 
 
 class ShallowInception(Inception):

@@ -203,6 +203,26 @@ def test_a_terminated_run_saves_says_so_and_goes_on(teacher, tmp_path):
             == checkpoint.load(tmp_path / "whole" / "stage1" / "best.pt")["iteration"])
 
 
+def test_a_signal_that_reaches_one_process_stops_all_of_them(teacher, tmp_path, monkeypatch):
+    real = train.draw
+
+    def told(config, step, *more):
+        if step == 3 and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(config, step, *more)
+
+    stopped, whole = (flags(teacher, tmp_path / name, "--stage", "1")
+                      for name in ("stopped", "whole"))
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "draw", told)
+        in_ranks(2, train, *stopped, cwd=ROOT, code=3)
+    assert checkpoint.load(tmp_path / "stopped" / "stage1" / "latest.pt")["iteration"] < 7
+    for argv in (stopped, whole):
+        in_ranks(2, train, *argv, cwd=ROOT)
+    one, other = state(tmp_path / "stopped"), state(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
 def test_a_signal_between_two_stages_is_not_lost(teacher, tmp_path):
     code = """
     import os, signal, sys
