@@ -411,6 +411,18 @@ def test_stages_continue_from_the_best_student_and_start_with_nothing_to_unforge
         assert set(saved["fid"]) == {str(n + 1) for n in range(stage)}
 
 
+def test_a_gan_goes_on_with_the_head_of_the_run_that_it_starts_from(teacher, tmp_path):
+    run = flags(teacher, tmp_path / "first", "--method", "dmd2", iterations=2)
+    train.main(run)
+    best = checkpoint.load(tmp_path / "first" / "stage1" / "best.pt")
+    (_, config, options), = parse([*run, "--start-from", str(tmp_path / "first/stage1/best.pt"),
+                                   "--folder", str(tmp_path / "second")])
+    found = load_roles(config, options, CPU).adapted
+    for network, name in ((found.network, "adapted"), (found.head, "head")):
+        state = network.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in best[name].items())
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_best_holds_the_lowest_fid_of_the_stages_own_step_count(teacher, tmp_path, stage):
     if stage == 2:
