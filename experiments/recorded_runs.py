@@ -161,7 +161,8 @@ def make(plan, name, seed, others, needed=None):
             shutil.copy(trained / file, kept / file)
     evaluations, scores = plan.scores(name, seed)[-1]
     print(f"{name}, seed {seed}: {(time.monotonic() - began) / 60:.1f} minutes, "
-          f"{plan.metric} {scores[plan.metric]['mean']:.3f} at {evaluations} evaluations",
+          f"{plan.metric} {scores[plan.metric]['mean']:.3f} at {evaluations} "
+          f"evaluation{'s' * (evaluations > 1)}",
           flush=True)
 
 
