@@ -41,6 +41,8 @@ class Study(NamedTuple):
 STUDIES = {
     "digits": Study("digits-FID", "right_class", 500, 20_000, 1, 5, {
         "dm": ("--loss dm", "", 1), "dm-low-noise": ("--loss dm --noise-range 0.02 0.7", "", 1),
+        "dm-ttur-more": ("--loss dm --ttur 5", "", 1),
+        "dm-rate-twice": ("--loss dm --learning-rate 8e-4", "", 1),
         "sid-low-noise": ("--noise-range 0 0.6", "", 1),
         "sid-high-noise": ("--noise-range 0.2 0.9", "", 1)},
         near="--noise-range 0 0.6", far=""),
