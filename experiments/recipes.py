@@ -42,7 +42,8 @@ STUDIES = {
     "digits": Study("digits-FID", "right_class", 500, 20_000, 1, 5, {
         "dm": ("--loss dm", "", 1), "dm-low-noise": ("--loss dm --noise-range 0.02 0.7", "", 1),
         "dm-ttur-more": ("--loss dm --ttur 5", "", 1),
-        "dm-rate-twice": ("--loss dm --learning-rate 8e-4", "", 1),
+        "dm-near": ("--stage 2 --loss dm --noise-range 0.02 0.7", "dm", 1),
+        "dm-far": ("--stage 2 --loss dm", "dm", 1),
         "sid-low-noise": ("--noise-range 0 0.6", "", 1),
         "sid-high-noise": ("--noise-range 0.2 0.9", "", 1)},
         near="--noise-range 0 0.6", far=""),
@@ -150,11 +151,9 @@ PLANS = {dataset: Plan(runs_of(dataset), commands, study.metric, study.share,
 
 def changes(dataset):
     """One change at a time, at equal passes."""
-    plan, followed = PLANS[dataset], {after for name, (_, after, _) in CHANGES[dataset].items()
-                                      if name not in ("near", "far")}
-    rows = []
+    plan, rows = PLANS[dataset], []
     for name, (flags, _, _) in CHANGES[dataset].items():
-        if name not in followed - {"row"}:
+        if not name.endswith("-first"):
             full = f"{dataset}-{name}"
             rows.append([name, f"`{flags or '-'}`", *plan.row("", full, plan.runs[full].stage)[1:]])
     return markdown(["change", "flags", plan.metric, plan.share.replace("_", " ")], rows)
