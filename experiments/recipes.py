@@ -30,7 +30,8 @@ class Study(NamedTuple):
     metric: str
     share: str                  # the second figure
     iterations: int             # of the row's stage 1: their passes are what every change has
-    images: int                 # of a figure
+    images: int                 # of a figure of a change
+    all_images: int             # of a figure of a whole recipe: as many as the embedded student's
     fewer: int                  # updates of the adapted network for one of the student: TTUR
     more: int
     only: dict                  # changes that only this one has
@@ -39,7 +40,7 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "digits": Study("digits-FID", "right_class", 500, 20_000, 1, 5, {
+    "digits": Study("digits-FID", "right_class", 500, 20_000, 50_000, 1, 5, {
         "dm": ("--loss dm", "", 1), "dm-low-noise": ("--loss dm --noise-range 0.02 0.7", "", 1),
         "dm-ttur-more": ("--loss dm --ttur 5", "", 1),
         "dm-near": ("--stage 2 --loss dm --noise-range 0.02 0.7", "dm", 1),
@@ -47,7 +48,7 @@ STUDIES = {
         "sid-low-noise": ("--noise-range 0 0.6", "", 1),
         "sid-high-noise": ("--noise-range 0.2 0.9", "", 1)},
         near="--noise-range 0 0.6", far=""),
-    "emoji": Study("emoji-FID", "right_picture", 240, 2_000, 2, 10, {
+    "emoji": Study("emoji-FID", "right_picture", 240, 2_000, 2_000, 2, 10, {
         "dm-low-noise": ("--noise-range 0.02 0.8", "", 1),
         "dm-high-noise": ("--noise-range 0.2 0.98", "", 1)},
         near="", far="--noise-range 0.02 0.98")}
@@ -132,14 +133,16 @@ def iterations(name):
 def commands(plan, name, seed):
     """What makes a run and its figures."""
     (dataset, change), row = split(name), plan.runs[name]
-    length, start = "", f" --start-from {plan.best(row.after, seed)}" if row.after else ""
+    length, images = "", STUDIES[dataset].all_images
+    start = f" --start-from {plan.best(row.after, seed)}" if row.after else ""
     if change in CHANGES[dataset]:
         count = iterations(name)
+        images = STUDIES[dataset].images
         length = f" --iterations {count} --evaluate-every {max(count // 2, 1)}"
     return [f"python train.py {row.flags}{start}{length} --seed {seed} "
             f"--folder {plan.work / name / f'seed{seed}'}",
             f"python evaluate.py --checkpoint {plan.best(name, seed)} "
-            f"--n {STUDIES[dataset].images} --out {plan.record(name, seed)}"]
+            f"--n {images} --out {plan.record(name, seed)}"]
 
 
 PLANS = {dataset: Plan(runs_of(dataset), commands, study.metric, study.share,
