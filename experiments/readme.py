@@ -12,7 +12,7 @@ from pathlib import Path
 from base.download import PUBLISHED
 from base.errors import Parser, UserError, run
 from base.files import ROOT, read_json, write_atomically
-from experiments import digits_tables as tables, emoji_tables, speed_tables
+from experiments import digits_tables as tables, emoji_tables, recipes as tried, speed_tables
 from experiments.recorded_runs import markdown
 from experiments.speed_tables import result
 from images.captioned import KINDS
@@ -264,6 +264,8 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_cifar10": partial(presets, "cifar10"),
          "presets_imagenet64": partial(presets, "imagenet64"),
          "recipes": partial(recipes, "sd15"), "recipes_sdxl": partial(recipes, "sdxl"),
+         "recipes_whole": partial(tried.whole, "digits"),
+         "recipes_changes": partial(tried.changes, "digits"),
          "text_memory": speed_tables.text_memory,
          "gpus_sd15": partial(speed_tables.gpu_memory, "sd15"),
          "gpus_sdxl": partial(speed_tables.gpu_memory, "sdxl"),
