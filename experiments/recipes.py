@@ -16,8 +16,9 @@ from typing import NamedTuple
 from base.errors import run
 from base.files import ROOT
 from experiments.compare import positions, read_run
-from experiments.recorded_runs import Plan, Run, markdown, parse, run_all
+from experiments.recorded_runs import Plan, Run, form_of, markdown, parse, run_all, spread
 from images.pictures import matplotlib_pyplot
+from metrics.evaluations import read_records
 from presets.rows import find
 from train import iteration
 from training.options import parse as stages_of
@@ -35,6 +36,7 @@ class Study(NamedTuple):
     fewer: int                  # updates of the adapted network for one of the student: TTUR
     more: int
     only: dict                  # changes that only this one has
+    embedded: str               # the record of the embedded student
     near: str                   # flags of a later stage that looks at no noise far above its own
     far: str                    # and of one that does
 
@@ -47,11 +49,11 @@ STUDIES = {
         "dm-far": ("--stage 2 --loss dm", "dm", 1),
         "sid-low-noise": ("--noise-range 0 0.6", "", 1),
         "sid-high-noise": ("--noise-range 0.2 0.9", "", 1)},
-        near="--noise-range 0 0.6", far=""),
+        "results/embedded/evaluation.json", near="--noise-range 0 0.6", far=""),
     "emoji": Study("emoji-FID", "right_picture", 240, 2_000, 2_000, 2, 10, {
         "dm-low-noise": ("--noise-range 0.02 0.8", "", 1),
         "dm-high-noise": ("--noise-range 0.2 0.98", "", 1)},
-        near="", far="--noise-range 0.02 0.98")}
+        "results/emoji/embedded/training.json", near="", far="--noise-range 0.02 0.98")}
 
 
 def changes_of(dataset):
@@ -174,14 +176,29 @@ def spent(plan, name, seed):
             zip(positions(config, lines, "passes"), lines) if key in line]
 
 
+def embedded(dataset):
+    """(million passes, digits-FID or emoji-FID, right) of the embedded student, a stage each: its
+    rows' own passes."""
+    study, before, found = STUDIES[dataset], 0, []
+    scores = {entry["evaluations"]: entry["figures"]
+              for entry in read_records(ROOT / study.embedded)}
+    for k in (1, 2, 3):
+        before += passes_of(flags_of(dataset, f"--stage {k}"),
+                            find(dataset, "pmdd", k).config.iterations)
+        found.append([f"{before / 1e6:.2f}", *(spread(scores[k][what]["values"], form_of(what))
+                                               for what in (study.metric, study.share))])
+    return found
+
+
 def whole(dataset):
     """The whole recipes: passes and what they came to."""
-    plan, rows = PLANS[dataset], []
+    plan, rows = PLANS[dataset], [[f"the embedded student, {steps_text(k)}", *cells]
+                                  for k, cells in enumerate(embedded(dataset), 1)]
     for name, (stages, _) in WHOLE.items():
         for k in range(1, stages + 1):
             full = f"{dataset}-{name}-{k}"
             done = plan.done(full)
-            passes = f"{spent(plan, full, done[0])[-1][0] / 1e6:.1f}" if done else "not run"
+            passes = f"{spent(plan, full, done[0])[-1][0] / 1e6:.2f}" if done else "not run"
             rows.append([f"{name}, {steps_text(k)}", passes, *plan.row("", full, k)[1:]])
     return markdown(["recipe", "million passes", plan.metric, plan.share.replace("_", " ")], rows)
 
