@@ -93,6 +93,7 @@ def changes_of(dataset):
 
 CHANGES = {dataset: changes_of(dataset) for dataset in STUDIES}
 # Whole: the published methods as their rows are, and fast.
+EMBEDDED = "the embedded student"          # by PMDD's rows, elsewhere
 WHOLE = {"pmdd": (3, ""), "fast": (3, "--variant fast"), "dmd": (1, "--method dmd"),
          "dmd2": (1, "--method dmd2"), "sid": (1, "--method sid")}
 
@@ -164,42 +165,47 @@ def changes(dataset):
     return markdown(["change", "flags", plan.metric, plan.share.replace("_", " ")], rows)
 
 
-def spent(plan, name, seed):
-    """(passes, quality at the run's own number of steps) of each evaluation, its stages before it
-    included."""
-    folder, before = ROOT / plan.record(name, seed).parent, 0
-    if plan.runs[name].after:
-        before = spent(plan, plan.runs[name].after, seed)[-1][0]
-    config, lines = read_run(folder)
-    key = f"{plan.metric}@{config.stage}"
-    return [(before + at, line[key]) for at, line in
-            zip(positions(config, lines, "passes"), lines) if key in line]
+def stage_folders(dataset, name, seed):
+    """The records of a whole recipe's stages, of those that have been run."""
+    if name == EMBEDDED:
+        return [ROOT / Path(STUDIES[dataset].embedded).with_name(f"stage{k}") for k in (1, 2, 3)]
+    plan, full = PLANS[dataset], [f"{dataset}-{name}-{k + 1}" for k in range(WHOLE[name][0])]
+    return [(ROOT / plan.record(one, seed)).parent for one in full if seed in plan.done(one)]
 
 
-def embedded(dataset):
-    """(million passes, digits-FID or emoji-FID, right) of the embedded student, a stage each: its
-    rows' own passes."""
-    study, before, found = STUDIES[dataset], 0, []
-    scores = {entry["evaluations"]: entry["figures"]
-              for entry in read_records(ROOT / study.embedded)}
-    for k in (1, 2, 3):
-        before += passes_of(flags_of(dataset, f"--stage {k}"),
-                            find(dataset, "pmdd", k).config.iterations)
-        found.append([f"{before / 1e6:.2f}", *(spread(scores[k][what]["values"], form_of(what))
-                                               for what in (study.metric, study.share))])
-    return found
+def spent(folders, metric):
+    """(network passes so far, quality at the run's own number of steps) of each evaluation, of runs
+    of which each goes on from the one before."""
+    points, before = [], 0
+    for folder in folders:
+        config, lines = read_run(folder)
+        key = f"{metric}@{config.stage}"
+        points += [(before + at, line[key]) for at, line in
+                   zip(positions(config, lines, "passes"), lines) if key in line]
+        before = points[-1][0]
+    return points
 
 
 def whole(dataset):
     """The whole recipes: passes and what they came to."""
-    plan, rows = PLANS[dataset], [[f"the embedded student, {steps_text(k)}", *cells]
-                                  for k, cells in enumerate(embedded(dataset), 1)]
+    plan, rows = PLANS[dataset], []
+    scores = {entry["evaluations"]: entry["figures"]
+              for entry in read_records(ROOT / STUDIES[dataset].embedded)}
+
+    def add(name, k, cells, seed=0):
+        passes = spent(stage_folders(dataset, name, seed)[:k], plan.metric)[-1][0]
+        rows.append([f"{name}, {steps_text(k)}", f"{passes / 1e6:.2f}", *cells])
+
+    for k in (1, 2, 3):
+        add(EMBEDDED, k, [spread(scores[k][what]["values"], form_of(what))
+                          for what in (plan.metric, plan.share)])
     for name, (stages, _) in WHOLE.items():
         for k in range(1, stages + 1):
-            full = f"{dataset}-{name}-{k}"
-            done = plan.done(full)
-            passes = f"{spent(plan, full, done[0])[-1][0] / 1e6:.2f}" if done else "not run"
-            rows.append([f"{name}, {steps_text(k)}", passes, *plan.row("", full, k)[1:]])
+            cells = plan.row("", full := f"{dataset}-{name}-{k}", k)[1:]
+            if done := plan.done(full):
+                add(name, k, cells, done[0])
+            else:
+                rows.append([f"{name}, {steps_text(k)}", "not run", *cells])
     return markdown(["recipe", "million passes", plan.metric, plan.share.replace("_", " ")], rows)
 
 
@@ -207,14 +213,18 @@ def draw(dataset):
     """Quality of each recipe's own number of steps against the passes so far."""
     plt, plan = matplotlib_pyplot(), PLANS[dataset]
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for number, (name, (stages, _)) in enumerate(WHOLE.items()):
-        full = [f"{dataset}-{name}-{k}" for k in range(1, stages + 1)]
-        for seed in plan.done(full[0]):
-            points = [point for one in full if seed in plan.done(one)
-                      for point in spent(plan, one, seed)]
-            axis.plot(*zip(*points), color=f"C{number}", linewidth=1, marker=".",
-                      label=name if seed == plan.done(full[0])[0] else None)
-    axis.set(xlabel="network passes", ylabel=plan.metric, yscale="log")
+    for number, name in enumerate([EMBEDDED, *WHOLE]):
+        seeds = [0] if name == EMBEDDED else plan.done(f"{dataset}-{name}-1")
+        for seed in seeds:
+            points = spent(stage_folders(dataset, name, seed), plan.metric)
+            axis.plot([at / 1e6 for at, _ in points], [value for _, value in points],
+                      color=f"C{number}", linewidth=1, marker=".",
+                      label=name if seed == seeds[0] else None)
+    axis.set(xlabel="million network passes", ylabel=plan.metric, xscale="log", yscale="log")
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter("{x:g}")
+        one.set_minor_formatter("{x:g}")
+    axis.tick_params(which="minor", labelsize=6)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     (ROOT / plan.kept).mkdir(parents=True, exist_ok=True)
