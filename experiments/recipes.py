@@ -23,7 +23,6 @@ from presets.rows import find
 from train import iteration
 from training.options import parse as stages_of
 from training.passes import Passes
-from weights.opening import steps_text
 
 
 class Study(NamedTuple):
@@ -187,26 +186,29 @@ def spent(folders, metric):
 
 
 def whole(dataset):
-    """The whole recipes: passes and what they came to."""
-    plan, rows = PLANS[dataset], []
+    """The student of each recipe's stages, at all its steps."""
+    plan, study = PLANS[dataset], STUDIES[dataset]
     scores = {entry["evaluations"]: entry["figures"]
-              for entry in read_records(ROOT / STUDIES[dataset].embedded)}
-
-    def add(name, k, cells, seed=0):
-        passes = spent(stage_folders(dataset, name, seed)[:k], plan.metric)[-1][0]
-        rows.append([f"{name}, {steps_text(k)}", f"{passes / 1e6:.2f}", *cells])
-
-    for k in (1, 2, 3):
-        add(EMBEDDED, k, [spread(scores[k][what]["values"], form_of(what))
-                          for what in (plan.metric, plan.share)])
+              for entry in read_records(ROOT / study.embedded)}
+    rows = [[EMBEDDED, million(dataset, EMBEDDED, 0, 3),
+             *(spread(scores[k][plan.metric]["values"], form_of(plan.metric)) for k in (1, 2, 3)),
+             spread(scores[3][plan.share]["values"], form_of(plan.share))]]
     for name, (stages, _) in WHOLE.items():
         for k in range(1, stages + 1):
-            cells = plan.row("", full := f"{dataset}-{name}-{k}", k)[1:]
-            if done := plan.done(full):
-                add(name, k, cells, done[0])
-            else:
-                rows.append([f"{name}, {steps_text(k)}", "not run", *cells])
-    return markdown(["recipe", "million passes", plan.metric, plan.share.replace("_", " ")], rows)
+            full = f"{dataset}-{name}-{k}"
+            done = plan.done(full)
+            rows.append([f"{name}, stage {k}",
+                         million(dataset, name, done[0], k) if done else "not run",
+                         *(plan.cell(full, n) if n <= k else "-" for n in (1, 2, 3)),
+                         plan.cell(full, k, plan.share)])
+    return markdown(["student", "million passes", f"{plan.metric}: 1 step", "2", "3",
+                     f"{plan.share.replace('_', ' ')}, all steps"], rows)
+
+
+def million(dataset, name, seed, stages):
+    """Network passes of these stages."""
+    points = spent(stage_folders(dataset, name, seed)[:stages], PLANS[dataset].metric)
+    return f"{points[-1][0] / 1e6:.2f}"
 
 
 def draw(dataset):
