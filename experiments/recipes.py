@@ -91,8 +91,9 @@ def changes_of(dataset):
 
 
 CHANGES = {dataset: changes_of(dataset) for dataset in STUDIES}
-# Whole: the published methods as their rows are, and fast.
-EMBEDDED = "the embedded student"          # by PMDD's rows, elsewhere
+# Whole: the published methods as their rows are, and fast; beside them what was made elsewhere, by
+# PMDD's rows.
+EMBEDDED = "the embedded student"
 WHOLE = {"pmdd": (3, ""), "fast": (3, "--variant fast"), "dmd": (1, "--method dmd"),
          "dmd2": (1, "--method dmd2"), "sid": (1, "--method sid")}
 
