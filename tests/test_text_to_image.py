@@ -269,10 +269,13 @@ def test_the_vae_of_sdxl_is_never_asked_in_fp16(folders):
     pipeline = Pipeline(folders["xl"])
     latents = torch.zeros(1, 4, 16, 16)
     pipeline.vae.bfloat16()
+    assert pipeline.decode_float(latents).isfinite().all()
     assert pipeline.decode(latents).shape == (1, 3, 32, 32)
     pipeline.vae.half()
-    with pytest.raises(UserError, match="the VAE of SDXL overflows in fp16; allowed: fp32, bf16"):
-        pipeline.decode(latents)
+    for decode in (pipeline.decode_float, pipeline.decode):
+        with pytest.raises(UserError,
+                           match="the VAE of SDXL overflows in fp16; allowed: fp32, bf16"):
+            decode(latents)
 
 
 def test_a_prompts_y_is_bit_for_bit_what_diffusers_embeds(folders, architecture, capsys):
