@@ -1,5 +1,6 @@
 """Tests import the scripts from the repository's root, whatever folder pytest starts in."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -18,6 +19,11 @@ LONGEST = ("test_sharded.py", "test_train.py", "test_text_command.py")
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process waits for another at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else 9)
+
+
+def pytest_collection_finish():
+    """What is loaded by now stays: it need not be looked through for garbage again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
