@@ -19,7 +19,7 @@ from experiments.compare import positions, read_run
 from experiments.recorded_runs import Plan, Run, form_of, markdown, parse, run_all, spread
 from images.pictures import matplotlib_pyplot
 from metrics.evaluations import read_records
-from presets.rows import find
+from presets.rows import PRESETS, find
 from train import iteration
 from training.options import parse as stages_of
 from training.passes import Passes
@@ -125,6 +125,13 @@ def passes_of(flags, iterations):
     return Passes(iteration, config).until(iterations)
 
 
+def passes_in_all(config, sample=100):
+    """By a sample of its iterations: the published runs have millions."""
+    passes = Passes(iteration, config)
+    pairs = passes.total
+    return pairs + (passes.until(sample) - pairs) / sample * config.iterations
+
+
 def iterations(name):
     """Of a change: as many as have its share of the passes of the row's stage 1."""
     (dataset, change), sample = split(name), 100
@@ -204,6 +211,24 @@ def whole(dataset):
                          plan.cell(full, k, plan.share)])
     return markdown(["student", "million passes", f"{plan.metric}: 1 step", "2", "3",
                      f"{plan.share.replace('_', ' ')}, all steps"], rows)
+
+
+def published_passes():
+    """The papers' own runs: what each takes, alone and with those that it goes on from."""
+    total, rows = {}, []
+    for (dataset, method, stage, variant), row in PRESETS.items():
+        if not stage or dataset in STUDIES:
+            continue
+        folder = Path("runs", "-".join(filter(None, (dataset, method, variant))))
+        before = row.config.start_from or str(folder / f"stage{stage - 1}/best.pt")
+        alone = passes_in_all(row.config)
+        total[str(folder / f"stage{stage}/best.pt")] = whole = alone + total.get(before, 0)
+        if row.paper_fid:
+            rows.append([dataset, " ".join(filter(None, (method, variant))), str(stage),
+                         f"{alone / 1e6:,.0f}", f"{whole / 1e6:,.0f}", f"{row.paper_fid:g}",
+                         row.gpus, row.hours])
+    return markdown(["data set", "method", "steps", "million passes", "with those before",
+                     "paper's FID", "GPUs", "hours"], rows)
 
 
 def million(dataset, name, seed, stages):

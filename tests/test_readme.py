@@ -1,7 +1,6 @@
 """README.md and docs/ say what the files and the recorded runs say, and GitHub can show them."""
 
 import itertools
-import json
 import re
 
 import pytest
@@ -119,7 +118,8 @@ def test_the_headline_numbers_are_those_of_the_recorded_evaluations():
     for record in records:
         mean = record["figures"]["digits-FID"]["mean"]
         assert f"{mean:.3f}" in RESULTS
-        assert json.dumps(record["protocol"])                   # the protocol is beside it
+        how = {"images", "seeds", "rounding", "reference", "features"}
+        assert how <= record["protocol"].keys()                 # the protocol is beside it
 
 
 def test_a_column_that_is_nowhere_measured_becomes_a_sentence():

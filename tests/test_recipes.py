@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -219,3 +220,19 @@ def test_the_tables_of_recipes_leave_out_no_run(dataset, monkeypatch):
     monkeypatch.setattr(recipes.Plan, "done", lambda plan, name: asked.add(name) or [])
     recipes.changes(dataset), recipes.whole(dataset)
     assert asked == {name for name in recipes.PLANS[dataset].runs if not name.endswith("-first")}
+
+
+def test_the_papers_runs_have_the_passes_of_every_iteration_and_of_what_they_go_on_from():
+    config = replace(rows.find("sd15", "dmd", 1).config, iterations=60, ttur=4)
+    assert recipes.passes_in_all(config, sample=20) == Passes(train.iteration, config).until(60)
+    assert Passes(train.iteration, config).total > 0                # the teacher's pairs, once
+    table = {tuple(cells[:3]): cells for cells in (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in recipes.published_passes().splitlines()[2:])}
+    assert table["imagenet64", "dmd2 longer", "1"][3:5] == ["470", "1,008"]
+    # A roll-out, an update of the adapted network, at every fifth of the student as well.
+    each = 1 + 3 + (3 + 1 + 2) / 5
+    assert table["cifar10", "pmdd", "1"][3] == f"{200_000 * 256 * each / 1e6:.0f}"
+    for dataset in ("cifar10", "imagenet64", "sd15"):
+        one, two, three = (table[dataset, "pmdd", k] for k in "123")
+        assert abs(int(three[4]) - sum(int(row[3]) for row in (one, two, three))) <= 1
