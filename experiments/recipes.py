@@ -51,6 +51,7 @@ STUDIES = {
         "results/embedded/evaluation.json", near="--noise-range 0 0.6", far=""),
     "emoji": Study("emoji-FID", "right_picture", 240, 2_000, 2_000, 2, 10, {
         "dm-low-noise": ("--noise-range 0.02 0.8", "", 1),
+        "dm-low-noise-ttur-fewer": ("--noise-range 0.02 0.8 --ttur 2", "", 1),
         "dm-high-noise": ("--noise-range 0.2 0.98", "", 1)},
         "results/emoji/embedded/training.json", near="", far="--noise-range 0.02 0.98")}
 
