@@ -253,7 +253,7 @@ def draw(dataset):
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter("{x:g}")
         one.set_minor_formatter("{x:g}")
-    axis.tick_params(which="minor", labelsize=6)
+    axis.tick_params(which="both", labelsize=7)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     (ROOT / plan.kept).mkdir(parents=True, exist_ok=True)
