@@ -12,10 +12,11 @@ from helpers import call
 from experiments import compare, measure_average, recipes
 from models import KARRAS
 from presets import rows
+from training import cost, plan, rehearsal
 from training.cost import Rehearsal, one_image
 from training.draws import Sources, draw
 from training.options import parse
-from training.passes import WEIGHT, Passes
+from training.passes import SMALLEST, WEIGHT, Passes
 from weights import checkpoint
 
 TINY = ["--batch", "8", "--evaluate-images", "12", "--evaluate-every", "4", "--save-every", "2",
@@ -236,3 +237,17 @@ def test_the_papers_runs_have_the_passes_of_every_iteration_and_of_what_they_go_
     for dataset in ("cifar10", "imagenet64", "sd15"):
         one, two, three = (table[dataset, "pmdd", k] for k in "123")
         assert abs(int(three[4]) - sum(int(row[3]) for row in (one, two, three))) <= 1
+
+
+@pytest.mark.parametrize("method", ["pmdd", "dmd", "dmd2"])
+def test_what_a_rehearsal_remembers_changes_no_byte_and_no_flop(method, monkeypatch):
+    class Never(dict):
+        def __contains__(self, asked):
+            return False
+
+    config, found = replace(rows.find("digits", method, 1).config, batch=8), []
+    for made in (Never(), kept := {}, kept):
+        monkeypatch.setattr(rehearsal.Remembered, "made", made)
+        found.append((plan.memory(train.iteration, config, SMALLEST, 4, precision="bf16"),
+                      cost.count(train.iteration, config, SMALLEST)))
+    assert found[0] == found[1] == found[2] and len(kept) > 100

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from metrics.judge import HEUN_STEPS
 from training.draws import steps_trained
 from training.plan import How, by_gpus, disk, process_memory, rehearsed
-from training.rehearsal import Rehearsal, one_image, shapes_alone
+from training.rehearsal import Rehearsal, Remembered, one_image, shapes_alone
 
 GPUS = (2, 3, 4, 8, 64)                 # for which a plan of text to image says what one takes
 TERAFLOPS = 40                          # a second of one GPU, at which hours are said; measured
@@ -41,7 +41,7 @@ def count(iterate, config, network):
     rehearsal = Rehearsal(iterate, one_image(config), network)
     passes, flops = Counter(), 0
     for step, times in kinds(config):
-        with FlopCounterMode(display=False) as counter:
+        with Remembered(), FlopCounterMode(display=False) as counter:
             for one in rehearsal.run(step, rehearsal.optimizers()):
                 passes[one] += times
         flops += times * counter.get_total_flops()

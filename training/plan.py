@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from training.rehearsal import Rehearsal
+from training.rehearsal import Rehearsal, Remembered, storages, tensors
 
 # On a CPU, as measured: what glibc's heap leaves free between tensors, and what libraries load.
 HOLES, FIRST_USE = 0.15, 40 * 2 ** 20
@@ -56,16 +55,14 @@ class LiveBytes(TorchDispatchMode):
         self.now, self.peak, self.sizes = 0, 0, {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs))
-                  if isinstance(t, torch.Tensor)}
+        before = storages((args, kwargs))
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.sizes and storage._cdata not in before:
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage._cdata)
+        for tensor in tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes and storage._cdata not in before:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata)
         self.peak = max(self.peak, self.now)
         return result
 
@@ -100,7 +97,7 @@ def rehearsed(iterate, config, network, how):
         if several:                                     # DistributedDataParallel's buckets
             for parameter in optimizer.param_groups[0]["params"]:
                 parameter.grad = torch.empty_like(parameter)
-    with LiveBytes() as live:
+    with Remembered(), LiveBytes() as live:
         rehearsal.run(0, optimizers, how.world_size, how.batch_per_gpu, min(parts, 2),
                       lambda: Kernels(how.precision, cache=not how.shard))
     moments = sum(4 * moment.numel() for one in optimizers for moment in one.moments)

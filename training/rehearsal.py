@@ -3,11 +3,14 @@
 import copy
 import dataclasses
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from base.devices import recompute
 from images.real import Images
@@ -26,6 +29,52 @@ class Pass(NamedTuple):
     batches: int                # stacked in this pass
     gradient: str               # "none"; "input": through frozen weights; "weights": into them
     output: str                 # "denoised", or the discriminator's "logits"
+
+
+class Remembered(TorchDispatchMode):
+    """The meta device's kernels are slow Python: what was asked before has the shapes of before."""
+
+    made = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if views_or_writes(function):
+            return function(*args, **kwargs)
+        asked = function, kind_of(args), kind_of(tuple(kwargs.items()))
+        if asked not in self.made:
+            result = function(*args, **kwargs)
+            if ({one.device.type for one in tensors(result)} != {"meta"} or
+                    not storages(result).isdisjoint(storages((args, kwargs)))):
+                return result                       # a number on the host; an unsafe view
+            self.made[asked] = result
+        return tree_map_only(torch.Tensor, anew, self.made[asked])
+
+
+@cache
+def views_or_writes(function):
+    schema = function._schema
+    return any(one.alias_info for one in (*schema.arguments, *schema.returns))
+
+
+def tensors(tree):
+    return [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
+
+
+def storages(tree):
+    return {one.untyped_storage()._cdata for one in tensors(tree)}
+
+
+def kind_of(value):
+    """What the shapes of a result depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple(map(kind_of, value))
+    return type(value), value
+
+
+def anew(tensor):
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 class Unmoved:
