@@ -50,7 +50,7 @@ def count(iterate, config, network):
 
 def forward_flops(network):
     """Of one image."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), Remembered(), FlopCounterMode(display=False) as counter:
         built = shapes_alone(network)
         y = built.conditions.embed(torch.zeros(1, dtype=torch.long))
         built(torch.empty(1, *built.shape), torch.ones(1), y)
