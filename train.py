@@ -29,6 +29,7 @@ from losses import (denoising_loss, edm_loss, gan_adapted_loss, gan_student_loss
                     unforget_loss)
 from metrics.judge import Scorer, perceptual_distance, tell_of_no_reference
 from models import LOSSES, denoise_together, level, roll_out, update_ema
+from presets.config import both_betas
 from training.cost import report
 from training.draws import Sources, draw
 from training.latents import latents_of
@@ -157,9 +158,10 @@ def update(optimizer, losses, gradient_name, clip):
 def make_optimizers(config, roles, device):
     """AdamW for the student and, where there is one, the adapted network."""
     found_inf = torch.zeros((), device=device)
-    optimizers = [AdamW(network.parameters(), lr=config.learning_rate, betas=config.betas,
+    optimizers = [AdamW(network.parameters(), lr=config.learning_rate, betas=betas,
                         weight_decay=config.weight_decay, fused=True)
-                  for network in (roles.student, roles.adapted) if network is not None]
+                  for network, betas in zip((roles.student, roles.adapted), both_betas(config))
+                  if network is not None]
     for optimizer in optimizers:
         optimizer.found_inf = found_inf
     return optimizers

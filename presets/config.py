@@ -64,6 +64,7 @@ class Config:
                                     "adapted network")
     adapted_rate: float = option(1.0, "learning rate of the adapted network, in that of the "
                                       "student's")
+    adapted_betas: tuple = option((), "AdamW's of the adapted network (empty: the student's)")
     noise_range: tuple = option((), "at which noise dm or sid compares the denoisers: two shares "
                                     "of the levels (empty: 0.02 0.98 with dm, 0 0.8 with sid)")
     augment: float = option(0.0, "stage 0: probability of each of EDM's augmentations")
@@ -81,6 +82,11 @@ class Config:
         begins = self.start_from or (self.method == "pmdd" and self.stage > 1)
         return bool(begins and len(self.sigmas) > 1 and self.trained_step == "last"
                     and (self.external_sampling or self.unforget_weight))
+
+
+def both_betas(config):
+    """AdamW's for the student and for the adapted network."""
+    return config.betas, config.adapted_betas or config.betas
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,10 @@ PRESETS = {
         "ours: DMD2 has no CIFAR-10 row; its terms, PMDD's A.1 otherwise",
         "none", None),
 
+    # SiD's script leaves the length open ("modify --duration"): that of CIFAR-10 without classes.
     ("ffhq64", "sid", 1, ""): Preset(
-        replace(FFHQ64_ROW, **SID | {"betas": (0.9, 0.999)}, iterations=976_562),
-        "SiD, published code's README", "4 GPUs", 1.550),
+        replace(FFHQ64_ROW, **SID | {"betas": (0.9, 0.999)}, adapted_betas=(0.0, 0.999),
+                iterations=976_562), "SiD, published code's README", "4 GPUs", 1.550),
     ("afhqv2-64", "sid", 1, ""): Preset(
         replace(AFHQV2_64_ROW, **SID, alpha=1.0, iterations=976_562, learning_rate=5e-6),
         "SiD, published code's README", "4 GPUs", 1.628),

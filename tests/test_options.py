@@ -111,7 +111,8 @@ TABLE = {   # (dataset, method, stage, variant): (fields, noise levels, reported
         sid(1e-5, 256, CIFAR10_WITHOUT_CLASSES, 500_000), 2.5, 1.923, "4 GPUs"),
     ("imagenet64", "sid", 1, ""): (sid(4e-6, 8192, IMAGENET, 2_000_000), 2.5, 1.524, "4 GPUs"),
     ("ffhq64", "sid", 1, ""): (
-        sid(1e-5, 512, FFHQ, 500_000) | {"betas": (0.9, 0.999)}, 2.5, 1.550, "4 GPUs"),
+        sid(1e-5, 512, FFHQ, 500_000) | {"betas": (0.9, 0.999), "adapted_betas": (0, 0.999)},
+        2.5, 1.550, "4 GPUs"),
     ("afhqv2-64", "sid", 1, ""): (
         sid(5e-6, 512, AFHQV2, 500_000) | {"alpha": 1.0}, 2.5, 1.628, "4 GPUs"),
     ("sd15", "pmdd", 1, ""): (pmdd_text(5e-6, 120_000, 120, 10, 0), 1, 10.41, "3 H100"),
@@ -266,9 +267,9 @@ def flag_of(name):
 BASE = ("--dataset", "digits", "--method", "pmdd", "--stage", "2", "--regression-pairs", "7")
 STAGE_0 = ("--dataset", "digits", "--stage", "0")
 OTHER = {"teacher": "other.pt", "start_from": "start.pt", "sigmas": (70.0, 1.5),
-         "betas": (0.1, 0.2), "trained_step": "random", "loss": "dm", "dm_weighting": "sigma3",
-         "external_sampling": False, "channel_mult": (1, 1), "attn_resolutions": (4,),
-         "dropout": 0.25, "model_channels": 8, "noise_range": (0.1, 0.9)}
+         "betas": (0.1, 0.2), "adapted_betas": (0.3, 0.4), "trained_step": "random",
+         "loss": "dm", "dm_weighting": "sigma3", "external_sampling": False, "channel_mult": (1, 1),
+         "attn_resolutions": (4,), "dropout": 0.25, "model_channels": 8, "noise_range": (0.1, 0.9)}
 
 
 def another(name, value):
@@ -437,6 +438,7 @@ def refused(*argv):
     (f"--seed {2 ** 63}", ["--seed is 9223372036854775808", "2^63"]),
     ("--betas 0.9", ["--betas is (0.9,)", "two numbers"]),
     ("--betas 0 1", ["--betas is (0.0, 1.0)"]), ("--betas nan 0.9", ["--betas is (nan, 0.9)"]),
+    ("--adapted-betas 0.9", ["--adapted-betas is (0.9,)", "two numbers"]),
     ("--betas -0.5 0.9", ["--betas is (-0.5, 0.9)"]),
     ("--stage 2 --sigmas 80", ["--sigmas is (80.0,)", "2 noise levels"]),
     ("--sigmas 80 2.5", ["--sigmas is (80.0, 2.5)", "3 noise levels"]),

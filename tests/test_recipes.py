@@ -77,7 +77,7 @@ def test_a_run_whose_configuration_lacks_a_field_goes_on_as_it_began(plain, tmp_
     train.main([*begun, "--iterations", "4", "--ema-rampup", "0"])
     path = tmp_path / "stage1" / "config.json"
     written = json.loads(path.read_text())
-    for name in ("ema_rampup", "adapted_noises", "adapted_rate", "noise_range"):
+    for name in ("ema_rampup", "adapted_noises", "adapted_rate", "adapted_betas", "noise_range"):
         del written["config"][name]
     written["config"]["iterations"] = 7
     path.write_text(json.dumps(written))

@@ -800,19 +800,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_any_weight_moves(
     with pytest.raises(UserError, match=r"learning_rate \(was 0.001, now 0.0005\)"):
         train.main(flags(teacher, tmp_path, "--stage", "2", "--learning-rate", "5e-4"))
     train.main(flags(teacher, tmp_path, "--stage", "2", "--learning-rate", "5e-4",
-                     "--weight-decay", "0.02", "--force"))
+                     "--weight-decay", "0.02", "--adapted-betas", "0", "0.9", "--force"))
     saved = checkpoint.load(tmp_path / "stage2" / "latest.pt")
     assert saved["iteration"] == 7
-    assert all(g["lr"] == 5e-4 and g["weight_decay"] == 0.02
-               for o in saved["optimizers"] for g in o["param_groups"])
+    for optimizer, betas in zip(saved["optimizers"], ((0.9, 0.999), (0, 0.9)), strict=True):
+        assert all((g["lr"], g["weight_decay"], g["betas"]) == (5e-4, 0.02, betas)
+                   for g in optimizer["param_groups"])
 
 
 @pytest.mark.parametrize("loss, gradient", [(1.0, float("inf")), (float("nan"), 1.0)])
 def test_once_a_figure_is_not_finite_no_later_update_moves_a_weight(loss, gradient):
     student, adapted = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
-    config = rows.find("digits", "pmdd", 1).config
+    config = dataclasses.replace(rows.find("digits", "pmdd", 1).config, adapted_betas=(0.5, 0.6))
     optimizers = train.make_optimizers(config, SimpleNamespace(student=student, adapted=adapted),
                                        CPU)
+    assert [o.defaults["betas"] for o in optimizers] == [(0.9, 0.999), (0.5, 0.6)]
     found_inf = optimizers[0].found_inf
     assert optimizers[1].found_inf is found_inf
     for given, slope in ((1.0, 1.0), (loss, gradient), (1.0, 1.0)):

@@ -13,7 +13,7 @@ import torch
 from base import distributed
 from base.errors import Parser, UserError
 from models import falling
-from presets.config import Config, Preset
+from presets.config import Config, Preset, both_betas
 from presets.rows import find
 from training.subject import subject_of
 from weights.checkpoint import untrained
@@ -22,7 +22,7 @@ from weights.checkpoint import untrained
 STUDENTS = ("guidance", "lora", "sigmas", "trained_step", "loss", "alpha", "dm_weighting",
             "unforget_weight", "external_sampling", "gan_weight", "gan_adapted_weight",
             "regression_weight", "regression_pairs", "regression_steps", "ttur",
-            "adapted_noises", "adapted_rate", "noise_range")
+            "adapted_noises", "adapted_rate", "adapted_betas", "noise_range")
 # And what of a student.
 ARCHITECTURE = ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "dropout")
 TEACHERS = ("augment", "caption_dropout", *ARCHITECTURE)
@@ -204,8 +204,9 @@ def check(config):
     shares = config.noise_range or (0, 1)
     require(len(shares) == 2 and 0 <= shares[0] < shares[1] <= 1, "noise_range",
             "two rising shares from 0 to 1")
-    require(len(config.betas) == 2 and all(0 <= b < 1 for b in config.betas), "betas",
-            "two numbers from 0 to below 1")
+    for name, betas in zip(("betas", "adapted_betas"), both_betas(config)):
+        require(len(betas) == 2 and all(0 <= b < 1 for b in betas), name,
+                "two numbers from 0 to below 1")
     require(len(config.sigmas) == config.stage, "sigmas",
             f"{config.stage} noise level{'s' * (config.stage != 1)}, one a step")
     require(falling(config.sigmas), "sigmas", "falling, above 0")

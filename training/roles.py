@@ -17,6 +17,7 @@ from edm_networks import EDMPrecond
 from images import emoji
 from images.captioned import prompts_for
 from models import AdaptedWithHead, Guided
+from presets.config import both_betas
 from weights import checkpoint
 from weights.lora import LoRA
 from weights.opening import Opened, find_teacher, open_network, steps_text
@@ -321,9 +322,9 @@ def resume(config, options, roles, optimizers):
     except (RuntimeError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} holds a checkpoint whose weights do not fit its own "
                         "architecture; choose another --folder") from None
-    for optimizer in optimizers:
+    for optimizer, betas in zip(optimizers, both_betas(config)):
         for group in optimizer.param_groups:            # a flag may have changed them
-            group.update(betas=config.betas, weight_decay=config.weight_decay)
+            group.update(betas=betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")
     seconds = saved.get("seconds", 0.0)                 # 0 of a run that did not keep them yet
     return Before(saved["iteration"], seconds, checkpoint.best_fid(folder), not saved["fid"])
