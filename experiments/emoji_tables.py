@@ -23,6 +23,7 @@ from weights.opening import steps_text
 # thread, the less the fewer run beside it.
 ITERATIONS = {1: 400, 2: 200, 3: 150}       # of a stage; steps trained together have their sum
 LONG = 240                                  # of stage 2 where the unforget weight is compared
+LONGER = 960                                # of two weights, at a rate that does not fall
 PAIRS = 1_000                               # of DMD's regression
 IMAGES, EACH = 2_000, 1_000                 # of each figure; of each kind of captions
 SCORED = 1_000                              # images, twice in a run, four times in the long ones
@@ -34,6 +35,7 @@ PAPER = "--guidance {} --noise-range 0.02 0.98"     # as PMDD has them: the rows
 GUIDANCES = (1, 1.75, 3, 5, 8)
 WEIGHTS = ("0", "0.01", "0.1", "0.3", "1", "3", "10")
 SAMPLINGS = ("external-sampling", "no-external-sampling")
+TO_THE_END = {f"beta-{beta}-longer": beta for beta in ("0", "0.3")}
 HELD_OUT = tuple(kind for kind in KINDS if kind != "training")
 ALL_KINDS = ("teacher", "pmdd-3")           # runs that are asked for every kind of captions
 
@@ -58,6 +60,9 @@ RUNS = {
     **{f"beta-{beta}-{sampling}": Run(f"--stage 2 {PAPER.format(GUIDANCE)} "
                                       f"--unforget-weight {beta} --{sampling}", "pmdd-1", SEEDS[:1])
        for beta in WEIGHTS for sampling in SAMPLINGS},
+    **{name: Run(f"--stage 2 {PAPER.format(GUIDANCE)} --unforget-weight {beta} "
+                 "--external-sampling --final-rate 1", "pmdd-1", SEEDS[:1])
+       for name, beta in TO_THE_END.items()},
     **{guided(weight): Run(f"--stage 1 --guidance {weight}", seeds=SEEDS[:1])
        for weight in GUIDANCES if weight != GUIDANCE}}
 
@@ -66,6 +71,8 @@ RUNS = {
 
 def iterations(name):
     """Of a run, and from one evaluation to the next."""
+    if name in TO_THE_END:
+        return LONGER, LONGER // 8
     if name.startswith("beta"):
         return LONG, LONG // 4
     stages = range(1, RUNS[name].stages + 1) if RUNS[name].stages > 1 else [RUNS[name].stage]
@@ -163,6 +170,22 @@ def at_the_end(name):
     return ", ".join(f"{value:.1%}" for value in ends)
 
 
+def emoji_unforget_longer():
+    """What becomes of a weight of 0 in the end."""
+    _, each = iterations(next(iter(TO_THE_END)))
+    rows = [[weight, steps_text(k), *over_time(name, k)]
+            for name, weight in TO_THE_END.items() for k in (2, 1)]
+    return markdown(["beta", "sampled at", *map(str, range(each, LONGER + 1, each))], rows)
+
+
+def over_time(name, steps):
+    if not PLAN.done(name):
+        return ["not run"]
+    pairs = (PLAN.over_training(name, 0, f"{what}@{steps}")[1]
+             for what in (PLAN.metric, PLAN.share))
+    return [f"{fid:.1f}; {share:.1%}" for fid, share in zip(*pairs)]
+
+
 def file_of(weight):
     """Where the teacher's figures of this guidance are."""
     return "evaluation.json" if weight == GUIDANCE else f"guidance-{weight}.json"
@@ -192,7 +215,8 @@ def emoji_held_out():
 
 
 TABLES = {f.__name__: f for f in (emoji_methods, emoji_budgets, emoji_unforget_weights,
-                                  emoji_guidance, emoji_held_out)} | {"emoji_again": PLAN.compared}
+                                  emoji_unforget_longer, emoji_guidance, emoji_held_out)}
+TABLES["emoji_again"] = PLAN.compared
 
 
 # ---- Pictures ----
@@ -200,15 +224,18 @@ TABLES = {f.__name__: f for f in (emoji_methods, emoji_budgets, emoji_unforget_w
 def draw_all():
     """PMDD Figure 3, and guidance's trade-off."""
     plt = matplotlib_pyplot()
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
-    for (k, sampling), axis in zip(((k, s) for k in (2, 1) for s in SAMPLINGS), axes.flat):
-        for number, weight in enumerate(WEIGHTS):
-            if PLAN.done(name := f"beta-{weight}-{sampling}"):
+    figure, axes = plt.subplots(3, 2, figsize=(9, 9), layout="constrained")
+    runs = {sampling: {f"beta-{weight}-{sampling}": weight for weight in WEIGHTS}
+            for sampling in SAMPLINGS}
+    panels = [(k, text, runs[sampling]) for k in (2, 1) for sampling, text in
+              zip(SAMPLINGS, ("external sampling", "own sampling"))]
+    panels += [(k, "external sampling, longer", TO_THE_END) for k in (2, 1)]
+    for axis, (k, text, weights) in zip(axes.flat, panels):
+        for name, weight in weights.items():
+            if PLAN.done(name):
                 axis.plot(*PLAN.over_training(name, 0, f"emoji-FID@{k}"), marker=".",
-                          color=f"C{number}", label=f"beta {weight}")
-        own = "own" if sampling.startswith("no") else "external"
-        axis.set(title=f"{steps_text(k)}, {own} sampling", ylabel="emoji-FID",
-                 xlabel="iterations")
+                          color=f"C{WEIGHTS.index(weight)}", label=f"beta {weight}")
+        axis.set(title=f"{steps_text(k)}, {text}", ylabel="emoji-FID", xlabel="iterations")
     save(figure, axes.flat, "unforget.png")
 
     figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
