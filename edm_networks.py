@@ -24,14 +24,9 @@ ALLOWED = dict(embedding_type=("positional", "fourier"), encoder_type=("standard
                decoder_type=("standard",))
 
 
-class Linear(nn.Module):
-    def __init__(self, inputs, outputs, bias=True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
-
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+class Linear(nn.Linear):
+    def reset_parameters(self):
+        """Draws nothing: UNet.initialise does, in an order of its own."""
 
 
 class Conv2d(nn.Module):

@@ -26,7 +26,7 @@ from base.errors import UserError, run
 from base.files import file_digest, shown, versions
 from base.progress import progress
 from images.captioned import (COCO_CAPTIONS, COCO_IMAGES, COCO_PICTURES, EMOJI_CAPTIONS, KINDS,
-                              check_side, open_captioned, open_pictures, read_captions)
+                              Pictures, check_side, open_captioned, read_captions)
 from images.emoji import SIDE
 from images.from_seeds import choose_classes, heun, prepare, sample_block, seed_blocks
 from images.prompts import read_prompts
@@ -47,7 +47,6 @@ LABELS = {"random": "random, from each image's seed", "balanced": "balanced, see
 
 def parse(argv=None):
     parser = Parser(prog="evaluate.py", description=__doc__)
-    parser.add_shared()
     what = parser.add_argument_group("what is evaluated")
     what.add_argument("--steps", type=int, nargs="+", metavar="N",
                       help="numbers of steps of the student (default: all that it knows)")
@@ -243,7 +242,7 @@ def images_job(args):
     elif path.suffix == ".npz":
         images = open_npz(path)
     elif args.side:
-        images = open_pictures(path, args.side)
+        images = Pictures(path, args.side)
     else:
         images = open_images(args.images, args.cache)
     said = "of the files" if images.classes else said

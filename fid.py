@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from base.errors import Parser, UserError, run
-from base.files import write_atomically
+from base.files import write_arrays
 from base.progress import progress
 
 
@@ -42,10 +42,7 @@ class FeatureStatistics:
 
     def all_reduce(self):
         """Every rank ends with the sums of all ranks."""
-        all_reduce(self._sums())
-
-    def _sums(self):
-        return self.n, self.sum, self.outer
+        all_reduce((self.n, self.sum, self.outer))
 
     def mean(self):
         self._need_two()
@@ -63,7 +60,7 @@ class FeatureStatistics:
 
 
 def all_reduce(tensors):
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
 
@@ -153,13 +150,8 @@ def check_covariance(covariance):
 
 
 def write_reference(path, mean, covariance, **made):
-    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
-
-    def write(temporary):
-        with open(temporary, "wb") as file:  # given a name, savez would add to it
-            np.savez(file, mu=mean, sigma=covariance, **made)
-
-    write_atomically(path, write)
+    write_arrays(path, mu=np.asarray(mean, np.float64), sigma=np.asarray(covariance, np.float64),
+                 **made)
 
 
 # ---- Companions ----
@@ -278,12 +270,13 @@ def main(argv=None):
         raise UserError(f"--device {args.device}: no CUDA device here; cpu works")
 
     # This file is mathematics too, and imports no room.
-    from images.captioned import check_side, open_patches, open_pictures
+    from images.captioned import PATCH, Pictures, check_side, patch
     from images.real import open_images
     from metrics.judge import OWN, dataset_of, feature_network
     check_side(args.side)
-    images = (open_pictures(args.data, args.side) if args.side else
-              open_patches(args.data) if args.patch else open_images(args.data, args.cache))
+    images = (Pictures(args.data, args.side) if args.side else
+              Pictures(args.data, PATCH, cut=patch) if args.patch else
+              open_images(args.data, args.cache))
     named = args.dataset or (args.data if args.data in OWN else None)
     dataset = dataset_of(images.shape, named, args.data)
     resize = args.resize or ("clean" if args.side or args.patch else "tf1")

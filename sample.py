@@ -11,7 +11,7 @@
 import time
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,6 @@ LARGEST_GRID = 4096             # images; a grid is the one output that is held 
 
 def parse(argv=None):
     parser = Parser(prog="sample.py", description=__doc__)
-    parser.add_shared()
     what = parser.add_argument_group("what is drawn")
     what.add_argument("--steps", type=int, metavar="N",
                       help="steps of the student (default: all that it was trained for)")
@@ -177,20 +176,16 @@ def heun_row(opened, args):
                [f"teacher, {2 * steps - 1} evaluation{'s' * (steps > 1)}"])
 
 
-class Wanted(NamedTuple):
-    """The images to draw: each has a number, which is its seed where there are no prompts."""
-    numbers: Sequence
-    ask: Callable               # numbers -> (seeds, what each is asked for, or None)
-
-
 def wanted(args, network, labels):
+    """Numbers of the images to draw, which are their seeds where there are no prompts; and of some
+    of these numbers the (seeds, what each is asked for, or None)."""
     seeds = args.all_seeds
     if not args.all_prompts:
         count = network.conditions.count
-        return Wanted(seeds, lambda numbers: (numbers, choose_classes(labels, numbers, count)))
-    return Wanted(range(len(seeds) * len(args.all_prompts)), lambda numbers: (
+        return seeds, lambda numbers: (numbers, choose_classes(labels, numbers, count))
+    return range(len(seeds) * len(args.all_prompts)), lambda numbers: (
         [seeds[number % len(seeds)] for number in numbers],
-        [number // len(seeds) for number in numbers]))
+        [number // len(seeds) for number in numbers])
 
 
 def draw_block(numbers, ask, rows, device, precision):

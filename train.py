@@ -278,7 +278,7 @@ def run_stage(stage, device, stop):
             error, (UserError, RunFailed)) and not out_of_memory(error))
         if not (compiler and stop.received):
             raise
-        say(f"{stop.received}: it reached the compiler too; {left}; the same command goes on")
+        say(f"{stop.received} stopped torch.compile too; {left}; the same command goes on")
         return 3
     finally:
         if lock:

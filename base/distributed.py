@@ -21,8 +21,6 @@ def start(device=None):
     local_rank, here = (int(os.environ.get(f"LOCAL_{name}", default))
                         for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"--device is {kind!r}; allowed: cpu, cuda")
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: no CUDA device is available here; use --device cpu")
@@ -197,13 +195,17 @@ def from_rank_zero(load):
     return result
 
 
+def gather(value):
+    """The values of all ranks, in order, on rank 0; on any other nothing."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def gathered(task, blocks, device):
     """The results of all blocks, shared over the ranks, in order on rank 0."""
     mine = in_parallel(task, blocks[rank()::world_size()], device)
-    if world_size() == 1:
-        yield from mine
-        return
     for _ in range(0, len(blocks), world_size()):
-        parts = [None] * world_size() if rank() == 0 else None
-        dist.gather_object(next(mine, None), parts)
-        yield from (part for part in parts or [] if part is not None)
+        yield from (part for part in gather(next(mine, None)) if part is not None)

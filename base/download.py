@@ -4,6 +4,7 @@ Nothing takes a file's final name before it has passed every check, and two proc
 the same file at once.
 """
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -237,8 +238,6 @@ def _compare_with_first_use(digest, record):
         raise _Refused(f"its sha256 begins {digest[:16]}, but at first use it was {known[0][:16]} "
                        f"(delete {record} if you expect the change)")
     if not known:
-        try:
+        with contextlib.suppress(RunFailed):  # of a folder that may only be read; a later use will
             write_atomically(record, lambda temporary: temporary.write_text(
                 f"{digest}  {record.stem}\n"))
-        except RunFailed:
-            pass  # a shared folder that may only be read; a later use records it

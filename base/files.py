@@ -39,14 +39,16 @@ def file_digest(path, algorithm="sha256", length=None):
     return digest.hexdigest()
 
 
-def check_unpacked(path):
-    """torch.save compresses nothing: a zip that unpacks to more than its own size is a bomb."""
+def load_tensors(path, **how):
+    """What torch.save wrote; no code in it runs. It compresses nothing: a zip that unpacks to more
+    than its own size is a bomb."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > os.path.getsize(path):
             raise UserError(f"{path}: unpacks to {size:,} bytes, more than the file has; "
                             "torch.save writes no such file")
+    return torch.load(path, map_location="cpu", weights_only=True, **how)
 
 
 def sync_folder(folder):

@@ -66,7 +66,8 @@ def squares(images, size, cut=square):
 class Pictures(Images):
     """Like other images, but that the files may have any sizes; with captions where asked for."""
 
-    def __init__(self, path, size, captioned=False, cut=square):
+    def __init__(self, source, size, captioned=False, cut=square):
+        path = Path(source)
         if not path.exists():
             raise UserError(f"no pictures at {path}; wanted: a folder or zip of them")
         found, read_bytes = open_files(path)
@@ -78,19 +79,9 @@ class Pictures(Images):
         self.captions = captions_of(path, names, set(found), read_bytes) if captioned else None
 
 
-def open_pictures(source, size):
-    return Pictures(Path(source), size)
-
-
-def open_patches(source):
-    return Pictures(Path(source), PATCH, cut=patch)
-
-
 def open_captioned(source, size):
     """Pictures and their captions; "emoji" at their own size."""
-    if source == "emoji":
-        return emoji_pictures()
-    return Pictures(Path(source), size, captioned=True)
+    return emoji_pictures() if source == "emoji" else Pictures(source, size, captioned=True)
 
 
 def captions_of(path, names, found, read_bytes):

@@ -137,14 +137,16 @@ def paint(scenes):
     colours = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32)
     canvas = colours[scenes.background][:, None, None, :].expand(-1, SIDE, SIDE, 3)
     for k in range(2):
-        layer = place(scenes.emoji[:, k], scenes.size[:, k], scenes.x[:, k], scenes.y[:, k],
-                      scenes.mirrored[:, k]).float()
+        layer = place(scenes, k).float()
         canvas = canvas * (1 - layer[..., 3:] / 255) + layer[..., :3]
     return canvas.round().clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 2).contiguous()
 
 
-def place(emoji, size, x, y, mirrored):
-    """Each emoji on a transparent canvas [N,32,32,RGBA] of its own; nothing where emoji is -1."""
+def place(scenes, k):
+    """The k-th emoji of each scene alone on a transparent canvas, premultiplied [N,32,32,RGBA];
+    nothing where it is -1."""
+    emoji, size, x, y, mirrored = (part[:, k] for part in (
+        scenes.emoji, scenes.size, scenes.x, scenes.y, scenes.mirrored))
     side = torch.tensor(SIZES)[size][:, None]
     rows, columns = (torch.arange(SIDE) - edge[:, None] for edge in (y, x))         # [N,32]
     inside = [(p >= 0) & (p < side) & (emoji >= 0)[:, None] for p in (rows, columns)]

@@ -16,7 +16,7 @@ def prepare(network, device, precision="fp32", compiled=False):
     if device.type == "cuda" and precision != "fp32":       # the layout of tensor cores
         network.to(memory_format=torch.channels_last)
     if compiled:
-        say("compiling the network: the first images take up to minutes")
+        say("compiling the network: the first images can take minutes")
         compile_network(network, dynamic=False)
     return network
 

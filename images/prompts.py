@@ -18,10 +18,7 @@ def read_prompts(path):
     An entry is a text, an object that has it as its caption, prompt or text, or nothing: "".
     """
     path = Path(path)
-    if path.suffix in (".pkl", ".pickle"):
-        entries = read_pickle(path, LARGE)
-    else:
-        entries = parse(path)
+    entries = read_pickle(path, LARGE) if path.suffix in (".pkl", ".pickle") else parse(path)
     if type(entries) is not list or not entries:
         raise UserError(f"{path}: no prompts in it; allowed: a text file, one prompt a line, or a "
                         "list of prompts in .json, .jsonl or .pkl")

@@ -159,15 +159,10 @@ def is_image(name):
 
 
 def open_files(path):
-    """Names of the files in a folder or zip, and a reader of their bytes."""
+    """Names of the files in a folder or zip, and a reader of their bytes; a zip is kept open."""
     if path.is_dir():
         found = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()]
         return found, lambda name: (path / name).read_bytes()
-    return open_zip(path)
-
-
-def open_zip(path):
-    """Names of the members, and a reader; opened once, kept open."""
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:              # beyond BadZipFile: struct's, unsupported versions

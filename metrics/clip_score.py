@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from metrics.inception import full_precision, in_chunks
+from metrics.inception import in_chunks
 from text_to_image import library, reading, reason, require
 from weights.pipeline import load_frozen
 from weights.checkpoint import weights_digest
@@ -71,7 +71,5 @@ class ClipScore:
     def directions(self, features, inputs):
         """Of length 1; the same bits for a picture or text in any company. [B,D]"""
         chunk = 4 if self.device.type == "cpu" else 64
-        with full_precision(self.device.type):
-            outputs, = in_chunks(lambda x: (features(x).pooler_output,), inputs.to(self.device),
-                                 chunk)
+        outputs, = in_chunks(lambda x: (features(x).pooler_output,), inputs.to(self.device), chunk)
         return F.normalize(outputs, dim=1)

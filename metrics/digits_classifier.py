@@ -6,13 +6,12 @@ Its penultimate features stand in for Inception's on the embedded 8x8 digits. A 
 them is digits-FID: good for comparing models of the digits, comparable with no published FID.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from base.files import ASSETS, file_digest
-from metrics.inception import full_precision, in_chunks, load_strictly, read_weights
+from metrics.inception import in_chunks, load_strictly, read_weights
 
 WEIGHTS = ASSETS / "digits-features.pt"
 
@@ -22,7 +21,6 @@ class DigitsNetwork(nn.Module):
 
     name, dimensions, classes, sha256 = "digits-features", 64, 10, None
     metric, share = "digits-FID", "right_class"
-    logit_bias = 0  # nothing published to agree with
 
     def __init__(self):
         super().__init__()
@@ -43,15 +41,12 @@ class DigitsNetwork(nn.Module):
             activations.append(x)
         return activations
 
-    @torch.no_grad()
     def forward(self, images):
         if images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8, got {images.dtype}")
         if tuple(images.shape[1:]) != (1, 8, 8):
             raise ValueError(f"digits are [B,1,8,8], got {list(images.shape)}")
-        device = self.classify.weight.device
-        with full_precision(device.type):
-            return in_chunks(self._chunk, images.to(device), 64)
+        return in_chunks(self._chunk, images.to(self.classify.weight.device), 64)
 
     def _chunk(self, images):
         features = self.layers(images.to(self.classify.weight.dtype) / 127.5 - 1)[-1].flatten(1)

@@ -18,7 +18,7 @@ from tqdm import trange
 from base.errors import Parser, run
 from base.files import file_digest, write_atomically
 from images import emoji
-from metrics.inception import full_precision, in_chunks, load_strictly, read_weights
+from metrics.inception import in_chunks, load_strictly, read_weights
 
 WEIGHTS = emoji.GLYPHS.with_name("judge.pt")
 COUNTS = 3                                  # how many things stand there: none, one, two
@@ -34,12 +34,10 @@ class EmojiNetwork(nn.Module):
 
     name, dimensions, sha256 = "emoji-judge", 192, None
     metric, share = "emoji-FID", "right_picture"
-    logit_bias = 0  # nothing published to agree with
 
     def __init__(self):
         super().__init__()
         self.parts = len(emoji.names()), 1, len(emoji.COLOURS), COUNTS
-        self.classes = sum(self.parts)
         widths, strides = (3, 24, 32, 48, 64, 96, 96), (1, 2, 1, 2, 1, 1)       # 32x32 -> 8x8
         self.layers = nn.Sequential(*(
             nn.Sequential(nn.Conv2d(a, b, 2 + s, s, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
@@ -56,15 +54,12 @@ class EmojiNetwork(nn.Module):
         there = self.name_places(x).amax((2, 3))
         return features, torch.cat([there, self.sum_up(features)], 1)
 
-    @torch.no_grad()
     def forward(self, images):
         if images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8, got {images.dtype}")
         if tuple(images.shape[1:]) != (3, emoji.SIDE, emoji.SIDE):
             raise ValueError(f"pictures of emoji are [B,3,32,32], got {list(images.shape)}")
-        device = self.name_places.weight.device
-        with full_precision(device.type):
-            return in_chunks(self._chunk, images.to(device), 256)
+        return in_chunks(self._chunk, images.to(self.name_places.weight.device), 256)
 
     def _chunk(self, images):
         return self.describe(images.to(self.name_places.weight.dtype) / 127.5 - 1)
@@ -89,8 +84,7 @@ def load_emoji_network(path=WEIGHTS, device="cpu"):
     """The trained network, frozen; `accuracy` is what its training recorded, by kind of picture."""
     network, saved = EmojiNetwork(), read_weights(path)
     network.accuracy = saved.pop("accuracy", None)
-    load_strictly(network, {k: v.float() if v.is_floating_point() else v
-                            for k, v in saved.items()}, path)
+    load_strictly(network, saved, path)
     network.sha256 = file_digest(path)
     return network.eval().requires_grad_(False).to(device)
 
@@ -113,13 +107,6 @@ def any_scenes(count, rng):
     shown[lacking, side[lacking]] = -1
     shown[empty] = -1
     return scenes._replace(emoji=shown)
-
-
-def layers_of(scenes, k):
-    """The k-th emoji of every scene alone: premultiplied RGBA in 0..1, [B,4,32,32]."""
-    layer = emoji.place(scenes.emoji[:, k], scenes.size[:, k], scenes.x[:, k], scenes.y[:, k],
-                        scenes.mirrored[:, k])
-    return layer.permute(0, 3, 1, 2).float() / 255
 
 
 def blurred(layer, width):
@@ -176,8 +163,9 @@ def lesson(count, rng):
         worn = (torch.rand(count, generator=rng) < 0.7) * size
         soft, bent = (0.04 * worn * torch.rand(count, generator=rng),
                       0.03 * worn * torch.rand(count, generator=rng))
-        layer, stranger = (warped(blurred(layers_of(s, k), soft), bent, rng)
-                           for s in (scenes, strangers))
+        layer, stranger = (warped(blurred(
+            emoji.place(s, k).permute(0, 3, 1, 2).float() / 255, soft), bent, rng)
+            for s in (scenes, strangers))
         lump = (shown >= 0) & (shown != strangers.emoji[:, k])
         lump &= torch.rand(count, generator=rng) < SPOILT
         layer = torch.where(lump[:, None, None, None], spoilt(layer, stranger, size, rng), layer)

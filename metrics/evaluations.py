@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from base.errors import UserError
-from base.files import ASSETS, write_atomically
+from base.files import ASSETS, write_json
 
 COLUMNS = {"digits-FID": "{:.3f}", "emoji-FID": "{:.3f}", "FID": "{:.3f}",
            "right_class": "{:.2%}", "right_picture": "{:.2%}", "patch_fid": "{:.3f}",
@@ -61,8 +61,7 @@ def record(path, new, force):
     old = [] if force or not path.exists() else read_records(path)
     fresh = {identity(entry) for entry in new}
     kept = [entry for entry in old if identity(entry) not in fresh]
-    text = json.dumps({"format": 1, "evaluations": kept + new}, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_json(path, {"format": 1, "evaluations": kept + new})
 
 
 def table(records):
@@ -105,15 +104,12 @@ def protocol_text(r):
              f"reference {p['reference']['file']} ({p['reference']['sha256'][:8]})",
              f"features {p['features']['network']} ({(p['features']['sha256'] or '-')[:8]})",
              f"CLIP score of {clip['model']} ({clip['sha256'][:8]})" if clip else "",
-             patches_text(p["patch_reference"]) if "patch_reference" in p else "",
+             "patch FID of the middle 299 pixels a side, reference "
+             f"{p['patch_reference']['file']} ({p['patch_reference']['sha256'][:8]})"
+             if "patch_reference" in p else "",
              p.get("diversity", ""), p.get("precision_recall", ""),
              f"torch {e['torch']}, {e['device']}"]
     return "; ".join(part for part in parts if part)
-
-
-def patches_text(reference):
-    return (f"patch FID of the middle 299 pixels a side, reference {reference['file']} "
-            f"({reference['sha256'][:8]})")
 
 
 def prompts_text(prompts):

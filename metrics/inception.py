@@ -14,7 +14,7 @@ from torch import nn
 from base.distributed import in_parallel
 from base.download import fetch
 from base.errors import UserError
-from base.files import check_unpacked, file_digest
+from base.files import file_digest, load_tensors
 
 # The convolutions of a block by their published names: (channels, kernel) or (channels, kernel,
 # stride). One without a number, or with number 1, reads the block's input; any other reads the one
@@ -145,16 +145,14 @@ class Inception(nn.Module):
                 module.bn = nn.Identity()
         return self.to(memory_format=torch.channels_last)
 
-    @torch.no_grad()
     def forward(self, images):
         if images.dtype != torch.uint8:
             raise ValueError(f"images must be uint8, got {images.dtype}")
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images must be [B,1 or 3,H,W], got {list(images.shape)}")
-        device = self.fc.weight.device
-        chunk = 4 if device.type == "cpu" else 64  # the fastest of 1 to 64 on two cores
-        with full_precision(device.type):
-            return in_chunks(self._chunk, images.to(device), chunk)
+        images = images.to(self.fc.weight.device)
+        chunk = 4 if images.device.type == "cpu" else 64  # the fastest of 1 to 64 on two cores
+        return in_chunks(self._chunk, images, chunk)
 
     def _chunk(self, images):
         x = self.resize(images.to(self.fc.weight.dtype))  # [B,C,299,299]
@@ -230,15 +228,15 @@ def in_chunks(network, images, size):
         with torch.no_grad():  # each thread has its own switch
             return [out[:len(chunk)] for out in network(F.pad(chunk, padding))]
 
-    outputs = in_parallel(one_pass, images.split(size), images.device)
-    return tuple(torch.cat(parts) for parts in zip(*outputs))
+    with full_precision(images.device.type):
+        outputs = in_parallel(one_pass, images.split(size), images.device)
+        return tuple(torch.cat(parts) for parts in zip(*outputs))
 
 
 def read_weights(path):
     """The dict in a torch.save file; no code in it runs."""
     try:
-        check_unpacked(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = load_tensors(path)
     except Exception as error:  # torch raises many types for a damaged file
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path}: not a readable weights file ({reason})") from None

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from base import distributed
 from base.distributed import from_rank_zero, say
@@ -14,7 +13,7 @@ from base.files import ROOT, file_digest, shown
 from base.progress import progress
 from fid import (FeatureStatistics, InceptionScore, all_reduce, frechet_distance, precision_recall,
                  read_reference)
-from images.captioned import COCO_PICTURES, PATCH, open_pictures, patch, squares
+from images.captioned import COCO_PICTURES, PATCH, Pictures, patch, squares
 from images.from_seeds import choose_classes, every_step, heun, sample_block, seed_blocks
 from images.real import open_images
 from metrics.digits_classifier import load_digits_network
@@ -103,7 +102,7 @@ def open_real(shape, dataset, side, args):
     if not source:
         raise UserError("--precision-recall needs real images: give --data")
     if side:
-        return open_pictures(source, side), source
+        return Pictures(source, side), source
     images = from_rank_zero(lambda: open_images(source, args.cache))
     if tuple(images.shape) != tuple(shape):
         raise UserError(f"--data {source} has images of shape {list(images.shape)}, those "
@@ -251,16 +250,10 @@ class Tally:
         if self.inception_score:
             self.inception_score.all_reduce()
             scores["inception_score"] = self.inception_score.value()[0]
-        if self.judge.real is not None:
-            kept = self.kept
-            if distributed.world_size() > 1:
-                parts = [None] * distributed.world_size() if distributed.rank() == 0 else None
-                dist.gather_object(kept, parts)
-                kept = sum(parts or [], [])
-            if kept:
-                fake = torch.cat(kept).to(self.judge.device)
-                pair = precision_recall(self.judge.real, fake, NEIGHBOURS)
-                scores["precision"], scores["recall"] = pair
+        if self.judge.real is not None and (kept := sum(distributed.gather(self.kept), [])):
+            fake = torch.cat(kept).to(self.judge.device)
+            pair = precision_recall(self.judge.real, fake, NEIGHBOURS)
+            scores["precision"], scores["recall"] = pair
         return scores
 
 

@@ -17,7 +17,8 @@ class Config:
                                     "own (with --teacher, or --stage 0 --data)")
     method: str = option("pmdd", "its losses, TTUR and schedule as published",
                          ("pmdd", "dmd", "dmd2", "sid"))
-    stage: int = option(1, "steps of the student; 0 trains a teacher with EDM's loss")
+    stage: int = option(1, "steps of the student; 0 trains a teacher with EDM's loss (default: "
+                           "with PMDD 1, 2, 3 in turn, else 1)")
     teacher: str = option("", "published name, or file, of the pretrained denoiser")
     guidance: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
     start_from: str = option("", "checkpoint whose student and adapted network start this run; "
@@ -30,7 +31,7 @@ class Config:
     alpha: float = option(1.2, "alpha of the sid loss")
     dm_weighting: str = option("eq8", "weight of dm's gradient: eq8 is 1 / mean |x0 - teacher|, "
                                       "the others are of DMD Table 2", ("eq8", "sigma", "sigma3"))
-    unforget_weight: float = option(0.0, "beta of PMDD Eq. 9")
+    unforget_weight: float = option(0.0, "how much the earlier steps are kept (beta of PMDD Eq. 9)")
     external_sampling: bool = option(True, "inputs from the frozen previous student (PMDD Table 6)")
     gan_weight: float = option(0.0, "DMD2's GAN term in the student's loss; 0: no GAN")
     gan_adapted_weight: float = option(1e-2, "discriminator's weight in the adapted network's "
@@ -44,10 +45,10 @@ class Config:
     learning_rate: float = option(1e-5, "AdamW's, for student and adapted network")
     final_rate: float = option(1.0, "share of the learning rate that is left at the end, falling "
                                     "linearly; 1: constant, as in the papers")
-    betas: tuple = option((0.9, 0.999), "AdamW's")
-    weight_decay: float = option(0.01, "AdamW's")
-    lora: int = option(0, "text to image: rank of what learns of each layer (LoRA), in student and "
-                          "adapted network over one frozen copy of the teacher; 0: all learns")
+    betas: tuple = option((0.9, 0.999), "AdamW's two betas")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    lora: int = option(0, "text to image: train adapters (LoRA) of this rank over one frozen copy "
+                          "of the teacher; 0: train all weights")
     clip: float = option(10.0, "largest L2 norm of a gradient; 0: no limit")
     ema_halflife: int = option(500_000, "images of student updates after which the average student "
                                         "has half forgotten")
@@ -62,9 +63,10 @@ class Config:
                                     "that updates have seen; 0: no such limit")
     adapted_noises: int = option(1, "noise levels of each generated image in an update of the "
                                     "adapted network")
-    adapted_rate: float = option(1.0, "learning rate of the adapted network, in that of the "
-                                      "student's")
-    adapted_betas: tuple = option((), "AdamW's of the adapted network (empty: the student's)")
+    adapted_rate: float = option(1.0, "learning rate of the adapted network, as a multiple of "
+                                      "the student's")
+    adapted_betas: tuple = option((), "AdamW's two betas for the adapted network (empty: the "
+                                      "student's)")
     noise_range: tuple = option((), "at which noise dm or sid compares the denoisers: two shares "
                                     "of the levels (empty: 0.02 0.98 with dm, 0 0.8 with sid)")
     augment: float = option(0.0, "stage 0: probability of each of EDM's augmentations")
@@ -74,7 +76,7 @@ class Config:
     channel_mult: tuple = option((), "stage 0: width of each level, in model_channels")
     num_blocks: int = option(0, "stage 0: blocks of each level (0: the data set's own)")
     attn_resolutions: tuple = option((), "stage 0: resolutions with attention")
-    dropout: float = option(-1.0, "stage 0: of the network (-1: the data set's own)")
+    dropout: float = option(-1.0, "stage 0: dropout of the network (-1: the data set's own)")
 
     @property
     def has_previous(self):

@@ -97,8 +97,7 @@ def test_emoji_stand_whole_inside_the_picture_and_do_not_overlap():
     side = torch.tensor(emoji.SIZES)[scenes.size]
     for edge in (scenes.x, scenes.y):
         assert (edge >= 0).all() and (edge + side <= emoji.SIDE)[scenes.emoji >= 0].all()
-    layers = [emoji.place(scenes.emoji[:, k], scenes.size[:, k], scenes.x[:, k], scenes.y[:, k],
-                          scenes.mirrored[:, k])[..., 3] for k in range(2)]
+    layers = [emoji.place(scenes, k)[..., 3] for k in range(2)]
     assert not ((layers[0] > 0) & (layers[1] > 0)).any()
     assert (layers[0] > 127).sum((1, 2)).min() > 20             # something is always there
 

@@ -180,9 +180,9 @@ def test_recomputation_and_an_average_on_the_host_change_no_bit_of_a_run(
 # ---- What is refused. ----
 
 @pytest.mark.parametrize("argv, message", [
-    ("--shard", "--shard: one process has nobody to share with; start several, torchrun"),
+    ("--shard", "--shard needs two processes or more: torchrun"),
     ("--recompute --teacher {pipeline} --dataset sdxl --prompts {prompts}",
-     "--recompute: nothing is known of how this teacher's network is divided; allowed: one with")])
+     "--recompute: this teacher's network cannot be divided; allowed: one with residual blocks")])
 def test_what_cannot_be_shared_is_one_line(tmp_path, monkeypatch, capsys, argv, message):
     if "{pipeline}" in argv:                            # of blocks that are not Stable Diffusion's
         odd = dict(down_block_types=("KDownBlock2D",), up_block_types=("KUpBlock2D",),

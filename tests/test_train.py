@@ -1010,8 +1010,9 @@ def test_a_teacher_of_another_size_or_a_student_is_refused_as_teacher(teacher, t
         with pytest.raises(UserError, match=message):
             train.main(flags(tmp_path / f"{name}.pt", tmp_path / "run", "--stage", "1",
                              "--dataset", "digits"))
-    for dataset, source, message in (("digits", ROOT / "assets/emoji/pipeline", "is a network of"),
-                                     ("emoji", tmp_path / "odd.pt", "is no network of text")):
+    for dataset, source, message in (
+            ("digits", ROOT / "assets/emoji/pipeline", "is a text-to-image network"),
+            ("emoji", tmp_path / "odd.pt", "is not a text-to-image network")):
         with pytest.raises(UserError, match=message):
             train.main(flags(source, tmp_path / "run", "--stage", "1", "--dataset", dataset))
 

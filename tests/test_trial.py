@@ -549,7 +549,7 @@ def test_compiling_is_said_and_a_signal_that_reaches_the_compiler_ends_as_a_sign
     monkeypatch.setattr(train, "iteration", interrupted)
     code, out, err = command(train, *flags[:-1], "--iterations", 3, "--compile", "--force")
     assert code == 3 and "Traceback" not in err
-    assert "SIGTERM: it reached the compiler too; the last checkpoint is intact" in out
+    assert "SIGTERM stopped torch.compile too; the last checkpoint is intact" in out
     code, out, _ = command(train, *flags, "--folder", "new")
     assert code == 3 and "there is no checkpoint yet" in out and not Path("new").exists()
     for other in (SystemExit(3), KeyboardInterrupt(), MemoryError()):   # not the compiler's

@@ -238,7 +238,7 @@ class Log:
                                    seconds=round(self.clock.all, 1), **flat)
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
-        if together and (scores or of_text(roles)):
+        if together and (scores or not self.scorer or of_text(roles)):
             save_samples(roles, self.config.sigmas, self.folder / "samples" / f"{done:06d}.png",
                          self.device)
         if self.writes:
@@ -250,8 +250,8 @@ class Log:
     def stopped(self, done):
         self.bar.close()
         if self.writes:
-            print(f"{self.stop.received or 'another rank'}: saved after {done} iterations; the "
-                  "same command goes on", flush=True)
+            why = self.stop.received or "another process was stopped"
+            print(f"{why}: saved after {done} iterations; the same command goes on", flush=True)
         return 3
 
     def finish(self):

@@ -108,7 +108,8 @@ def parser():
                           "memory, a forward pass more, the same bits")
     how.add_argument("--ema-on-host", action="store_true",
                      help="keep the average of the student in the host's memory")
-    how.add_argument("--force", action="store_true", help="go on although the preset has changed")
+    how.add_argument("--force", action="store_true",
+                     help="go on although the folder was begun with other values")
     how.add_argument("--dry-run", action="store_true",
                      help="print the configuration, its cost and a memory plan, and stop")
     return parser
@@ -227,9 +228,8 @@ def check(config):
 
 def architecture(config, network):
     """The data set's own, with the flags that were given."""
-    fields = {f.name: f.default for f in dataclasses.fields(Config)}
-    given = {name: list(value) if isinstance(value, tuple) else value
-             for name in ARCHITECTURE if (value := getattr(config, name)) != fields[name]}
+    given = {name: list(value) if isinstance(value, tuple) else value for name in ARCHITECTURE
+             if (value := getattr(config, name)) != getattr(Config, name)}
     if given:
         try:
             with torch.device("meta"):
@@ -260,14 +260,14 @@ def options(args, config, subject):
         raise UserError(f"--caption-dropout {config.caption_dropout:g}: {config.dataset} has no "
                         "captions or classes to leave out")
     if args.shard and world_size == 1 and not args.dry_run:
-        raise UserError("--shard: one process has nobody to share with; start several, torchrun "
-                        "--nproc_per_node=2 train.py ..")
+        raise UserError("--shard needs two processes or more: torchrun --nproc_per_node=2 "
+                        "train.py ..")
     if config.lora and "unet" not in subject.network:
-        raise UserError(f"--lora {config.lora}: is for text to image, such as --dataset sd15; the "
-                        f"network of {config.dataset} learns whole")
+        raise UserError(f"--lora {config.lora}: is for text to image, such as --dataset sd15; "
+                        f"train {config.dataset} without it")
     if config.lora and (args.shard or args.ema_on_host):
-        raise UserError(f"--lora {config.lora} has little to share: leave out "
-                        + ("--shard" if args.shard else "--ema-on-host"))
+        raise UserError(f"--lora {config.lora} trains too little for it to be worth sharing: leave "
+                        "out " + ("--shard" if args.shard else "--ema-on-host"))
     folder = folder_of(args, config.dataset, config.method, config.stage)
     return Options(folder, args.data or config.dataset, args.reference, args.inception,
                    args.prompts, args.cache, args.device, per_gpu, args.precision, args.compile,

@@ -104,7 +104,6 @@ def shapes_alone(network, device="meta"):
             built.conditions = Conditions(
                 2 ** 20, lambda index: torch.empty(len(index), width, device="meta"),
                 torch.empty(1, width), on_host=True)
-            built.pixels = None
     return built
 
 

@@ -33,8 +33,8 @@ def load_teacher(config, options, device):
     if opened.sigmas:
         raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")
     if ("unet" in opened.network.config) != text:
-        raise UserError(f"--teacher {config.teacher} is {'no' if text else 'a'} network of text to "
-                        f"image, --dataset {config.dataset} is {'' if text else 'not '}of text")
+        raise UserError(f"--teacher {config.teacher} is {'not ' if text else ''}a text-to-image "
+                        f"network, --dataset {config.dataset} is {'' if text else 'not '}one")
     if text:
         if opened.network.text_encoder is not None:
             raise UserError(f"--teacher {source} is a stage 0; first make a pipeline of it: python "
@@ -136,7 +136,7 @@ def load_roles(config, options, device):
         roles.made_from, roles.opened = made_from, opened
     roles.class_names = options.class_names
     if options.compile:
-        say("compiling the networks: the first iterations take up to minutes")
+        say("compiling the networks: the first iterations can take minutes")
     for network in (roles.teacher, roles.previous, roles.ema):
         if network is not None:
             network.requires_grad_(False)
@@ -157,9 +157,9 @@ def text_teacher_roles(config, options, device):
 def place(roles, options, device):
     """Each network on the device, or sharded over those of all processes."""
     if (options.shard or options.recompute) and not roles.student.blocks:
-        raise UserError(f"--{'shard' if options.shard else 'recompute'}: nothing is known of how "
-                        "this teacher's network is divided; allowed: one with residual blocks as "
-                        "of EDM, Stable Diffusion or SDXL")
+        raise UserError(f"--{'shard' if options.shard else 'recompute'}: this teacher's network "
+                        "cannot be divided; allowed: one with residual blocks as of EDM, Stable "
+                        "Diffusion or SDXL")
     for name in ("teacher", "previous", "student", "adapted", "ema"):
         if (network := getattr(roles, name)) is not None:
             network.eval()                              # no dropout while distilling (Deviation 6)

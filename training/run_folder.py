@@ -1,10 +1,9 @@
-"""A run's folder: made, locked, refused where another preset made it; its config and metrics."""
+"""A run's folder: made, locked, refused where other values began it; its config and metrics."""
 
 import contextlib
 import dataclasses
 import fcntl
 import json
-from pathlib import Path
 
 from base import distributed
 from base.errors import RunFailed, UserError
@@ -15,7 +14,7 @@ CLOCKED = ("images_per_second", "seconds_left", "seconds")      # of its figures
 
 
 def open_run(folder, config, options):
-    """Make or reopen a run's folder; refuse one that another preset made or that is in use.
+    """Make or reopen a run's folder; refuse one that other values began or that is in use.
 
     Returns its lock, to be kept while it runs, and the folders that were made.
     """
@@ -52,7 +51,7 @@ def open_run(folder, config, options):
         changed = [f"{k} (was {was.get(k)!r}, now {wanted[k]!r})" for k in wanted
                    for was in [before if k in now else before_how] if was.get(k) != wanted[k]]
         if changed:
-            raise UserError(f"{folder} was started with another preset: {', '.join(changed)}; "
+            raise UserError(f"{folder} was begun with other values: {', '.join(changed)}; "
                             "--force goes on all the same, another --folder starts afresh")
     distributed.barrier()
     return lock, made
@@ -98,7 +97,7 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         lines = [line for line in read_metrics(self.path) if line["iteration"] < start]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(self.path, lambda temporary: Path(temporary).write_text(text))
+        write_atomically(self.path, lambda temporary: temporary.write_text(text))
 
     def write(self, **values):
         try:

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from base.errors import RunFailed, UserError, out_of_memory
-from base.files import check_unpacked, file_digest, sync_folder, write_atomically
+from base.files import file_digest, load_tensors, sync_folder, write_atomically
 from edm_networks import EDMPrecond
 from models import falling
 from text_to_image import TextDenoiser, library
@@ -77,8 +77,7 @@ def load(path, needs=()):
         if not undamaged(path):
             raise DamagedCheckpoint(f"{path} is damaged or not one of our checkpoints "
                                     "(its checksum does not match); use another copy")
-        check_unpacked(path)
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = load_tensors(path)
         ours = type(payload) is dict and bool(payload["format"] == FORMAT)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

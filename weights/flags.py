@@ -16,8 +16,6 @@ class Parser(errors.Parser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def add_shared(self):
         what = self.add_argument_group("which network")
         what.add_argument("--checkpoint", metavar="FILE",
                           help="a checkpoint of train.py, a published name such as "
@@ -29,7 +27,8 @@ class Parser(errors.Parser):
                                "the dataset's own")
         what.add_argument("--sigmas", type=float, nargs="+", metavar="S",
                           help="noise level of each step, for a published student (default: 2.5 "
-                               "for a .pkl, as SiD's; 80 for a .bin, as DMD2's)")
+                               "for a .pkl, as SiD's; 80 for a .bin, as DMD2's; "
+                               "of text to image DMD2's own timesteps)")
         what.add_argument("--base", metavar="FOLDER",
                           help="pipeline of a text-to-image student whose file does not say it, as "
                                "DMD2's U-Nets and LoRAs (default: the dataset's own)")

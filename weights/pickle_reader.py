@@ -109,9 +109,8 @@ ARGUMENT = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "SHORT
             "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
 FRESH = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
          "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set, "EMPTY_TUPLE": tuple}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+COUNTED = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
 MARKED = {"TUPLE", "APPENDS", "SETITEMS", "ADDITEMS"}  # take all that was pushed since MARK
-ONE = {"APPEND": 1, "SETITEM": 2}
 CALLING = {"REDUCE", "NEWOBJ", "BUILD", "BINPERSID"}
 
 
@@ -135,8 +134,8 @@ def interpret(reader, budget, calls):
         elif op in MARKED:
             items, stack = stack, marks.pop()
             fill(stack, op, items)
-        elif op in TUPLES or op in ONE:
-            items = [stack.pop() for _ in range(TUPLES.get(op) or ONE[op])]
+        elif op in COUNTED:
+            items = [stack.pop() for _ in range(COUNTED[op])]
             fill(stack, op, items[::-1])
         elif op in ("GLOBAL", "STACK_GLOBAL"):
             stack.append(named(stack, arg, calls))

@@ -11,7 +11,7 @@ import torch
 
 from base.download import PUBLISHED, cache_folder, fetch_with_digest
 from base.errors import UserError, out_of_memory
-from base.files import check_unpacked, file_digest, write_atomically
+from base.files import file_digest, load_tensors, write_atomically
 from weights.checkpoint import build_network, check_plain
 from weights.pickle_reader import Record, UnsafePickle, read_pickle
 
@@ -44,25 +44,20 @@ def _read_converted(path, digest, cache):
     """(config, state) of a pickle, by way of the plain file that the first use leaves behind."""
     plain = cache_folder(cache) / "converted" / f"{digest[:16]}.pt"
     if not plain.is_file():
-        _convert(path, plain)
+        config, state = network_from_pickle(path)
+        build_network(config, state, path)  # a network that cannot be built leaves no file
+        data = {"config": config, "state": state}
+        try:
+            plain.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{plain}: cannot be written: {error}") from None
+        write_atomically(plain, lambda temporary: torch.save(data, temporary))
     return _read_plain(plain)
-
-
-def _convert(path, plain):
-    config, state = network_from_pickle(path)
-    build_network(config, state, path)  # a network that cannot be built leaves no file
-    data = {"config": config, "state": state}
-    try:
-        plain.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{plain}: cannot be written: {error}") from None
-    write_atomically(plain, lambda temporary: torch.save(data, temporary))
 
 
 def _read_plain(path):
     try:
-        check_unpacked(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = load_tensors(path)
     except Exception as error:  # torch has no one exception for a bad file
         if out_of_memory(error):
             raise

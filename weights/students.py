@@ -1,12 +1,10 @@
 """DMD2's published students of text to image: a U-Net's file or a LoRA's, for its base pipeline."""
 
 import zipfile
-from pathlib import Path
 
-import torch
 
 from base.distributed import say
-from base.files import check_unpacked, shown
+from base.files import load_tensors, shown
 from text_to_image import reading
 from weights.checkpoint import build_network
 from weights.lora import merge, parts_in, tensors_in
@@ -18,16 +16,14 @@ PUBLISHED = {"sd": [999], "xl": [999, 749, 499, 249], "xl-1step": [399]}       #
 def tensors_of(path):
     """The tensors of any safetensors file, or of a .bin file with a U-Net's under diffusers' names;
     else None."""
-    path, tensors = Path(path), {}
     if path.suffix == ".safetensors" and path.is_file():
-        tensors = tensors_in(path)
-    elif path.suffix == ".bin" and zipfile.is_zipfile(path):
+        return tensors_in(path)
+    if path.suffix == ".bin" and zipfile.is_zipfile(path):
         with reading(path):
-            check_unpacked(path)
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            tensors = found if isinstance(found, dict) else {}
-    ours = path.suffix == ".safetensors" or "conv_in.weight" in tensors
-    return tensors if ours else None
+            found = load_tensors(path, mmap=True)
+        if isinstance(found, dict) and "conv_in.weight" in found:
+            return found
+    return None
 
 
 def open_published(tensors, path, base, sigmas):
