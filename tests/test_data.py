@@ -4,8 +4,10 @@ import copy
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
+import resource
 import struct
 import tarfile
 import zipfile
@@ -530,6 +532,15 @@ def test_pairs_are_kept_and_used_again_and_never_for_what_would_make_others(
     with pytest.raises(UserError, match="'first_seed': 1000000000"):
         make(teacher, tmp_path)
     assert contents(tmp_path / "pairs") == before
+
+
+def test_more_parts_are_held_than_files_may_be_open_at_first(teacher, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 9, hard))
+    try:
+        assert len(make(teacher, tmp_path, count=48)[0]) == 48         # 12 parts
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_parts_left_by_a_run_that_wanted_fewer_pairs_are_refused(teacher, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Rows that a run makes once and keeps, by parts: noise-image pairs, latents of real images."""
 
+import contextlib
 import hashlib
 import io
+import resource
 
 import numpy as np
 import torch
@@ -41,7 +43,15 @@ def made_once(folder, about, count, size, make, text, stop):
                   flush=True)
             raise SystemExit(3)
     distributed.barrier()
+    hold_many_files()
     return Rows([open_part(folder, part) for part in parts], size)
+
+
+def hold_many_files():
+    """A part that is mapped keeps its file open; most systems begin with a limit of 1,024."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):      # a hard limit that is none
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def begin(folder, about):
@@ -76,6 +86,8 @@ def open_part(folder, part):
         if distributed.rank() == 0 and file_digest(path)[:16] != path.stem.rpartition("-")[2]:
             raise ValueError("its hash is not that of its name")
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise RunFailed(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); move it away, it will be made "
                         "again") from None
