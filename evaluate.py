@@ -270,7 +270,8 @@ def make_judge(job, args, device):
     dataset = dataset_of(job.shape, args.dataset or job.dataset, shown(job.source))
     side = args.side or side_of(dataset, job.captions)
     judge = Judge(dataset, device, reference=args.reference, inception=args.inception,
-                  cache=args.cache, side=side, resize=args.resize, captions=job.captions)
+                  cache=args.cache, side=side, resize=args.resize, captions=job.captions,
+                  size=job.shape[-1])
     if judge.network.share == "right_class" and job.classes > judge.network.classes:
         raise UserError(f"{shown(job.source)} has class {job.classes - 1}, out of range: "
                         f"{judge.network.name} knows 0 to {judge.network.classes - 1}")

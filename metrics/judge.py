@@ -114,8 +114,9 @@ class Judge:
     """Feature network, reference statistics and real features: what all images are held against."""
 
     def __init__(self, dataset, device, *, reference=None, inception=None, cache=None, side=None,
-                 resize=None, captions=None):
-        """side: of the squares that are scored, of pictures from text; None: images as they are.
+                 resize=None, captions=None, size=None):
+        """side: of the squares that are scored, of pictures from text; None: images as they are,
+        of this size.
         captions: by the index that a task gives beside its images."""
         resize = resize or ("clean" if side else "tf1")
         self.device, self.real, self.clip, self.side = device, None, None, side
@@ -131,7 +132,8 @@ class Judge:
             lambda: feature_network(dataset, cache, device, inception, resize))
         self.made = {} if dataset in OWN else {"resize": resize}
         self.made |= {"side": side} if side else {}
-        self.reference = read_reference(self.path, self.network.dimensions, **self.made)
+        sides = {"side": size} if size and dataset not in OWN else {}
+        self.reference = read_reference(self.path, self.network.dimensions, **sides | self.made)
 
     def compare_patches(self, path):
         """Also DMD2's patch FID, against this reference."""
@@ -268,7 +270,8 @@ class Scorer:
         self.labels = "balanced" if text else "random"          # with text the prompts in order
         self.judge = Judge(config.dataset, device, reference=options.reference,
                            inception=options.inception, cache=options.cache,
-                           side=side_of(config.dataset, text))
+                           side=side_of(config.dataset, text),
+                           size=options.network.get("img_resolution"))
 
     @torch.no_grad()
     def score(self, network, sigmas):
