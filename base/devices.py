@@ -12,6 +12,21 @@ def set_precision(precision):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
 
 
+@contextlib.contextmanager
+def full_precision(device):
+    """Float32 proper, whatever autocast or TF32 the caller's training runs in."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for backend, allowed in zip(backends, before):
+            backend.allow_tf32 = allowed
+
+
 def compile_network(network, **how):
     """All networks are one class, whose graphs torch counts together: one for each role, kind of
     gradient and batch, and beyond this limit it would silently stop compiling."""

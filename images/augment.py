@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from base.devices import full_precision
+
 # The low-pass filter of the wavelet sym6, 12 taps that sum to sqrt(2).
 SYM6 = (0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
         0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
@@ -46,7 +48,8 @@ def apply_augmentation(x, parameters):
     augmented = torch.where(left_right, x.flip(3), x)
     augmented = torch.where(up_down, augmented.flip(2), augmented)
     if len(moved):                                         # the others keep their very pixels
-        augmented[moved] = warp(augmented[moved], *inverse_map(parameters[moved], x.shape[-1]))
+        with full_precision(x.device.type):
+            augmented[moved] = warp(augmented[moved], *inverse_map(parameters[moved], x.shape[-1]))
     return augmented, labels(parameters)
 
 

@@ -4,13 +4,13 @@ A feature network maps uint8 images to (features, logits); digits_classifier.py 
 emoji_judge.py have the others.
 """
 
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from base.devices import full_precision
 from base.distributed import in_parallel
 from base.download import fetch
 from base.errors import UserError
@@ -196,21 +196,6 @@ def along_both(matrix, images):
 # not round to whole levels.
 RESIZES = {"tf1": lambda images: along_both(resize_matrix, images),
            "clean": lambda images: along_both(bicubic_matrix, images).clip(0, 255)}
-
-
-@contextmanager
-def full_precision(device):
-    """Features in float32 proper, whatever autocast or TF32 the caller's training runs in."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = False
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for backend, allowed in zip(backends, before):
-            backend.allow_tf32 = allowed
 
 
 def in_chunks(network, images, size):
