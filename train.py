@@ -10,6 +10,7 @@ PMDD = "Progressive Data-Free Diffusion Distillation", DMD = arXiv:2311.18828,
 DMD2 = arXiv:2405.14867, SiD = arXiv:2404.04057.
 """
 
+import gc
 import math
 import os
 from contextlib import contextmanager, nullcontext
@@ -283,6 +284,9 @@ def run_stage(stage, device, stop):
     finally:
         if lock:
             lock.close()
+        if device.type == "cuda":                       # the networks of this stage are in circles
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

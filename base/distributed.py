@@ -34,7 +34,7 @@ def start(device=None):
                         "which sets all of them, or unset these two")
     if launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if mine else "gloo", **meeting_place(), device_id=mine,
-                                timeout=datetime.timedelta(minutes=30))
+                                timeout=datetime.timedelta(hours=6))
     if kind == "cpu":
         keep_freed_memory()
     return mine or torch.device("cpu")

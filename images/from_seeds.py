@@ -23,7 +23,7 @@ def prepare(network, device, precision="fp32", compiled=False):
 
 def pass_size(network, device):
     """Images of one pass, always: kernels choose their order of summation by shape."""
-    pixels = 2 ** 12 if device.type == "cpu" else 2 ** 18
+    pixels = 2 ** 12 if device.type == "cpu" else 2 ** 16 if network.conditions.on_host else 2 ** 18
     return max(1, min(1024, pixels // (network.shape[1] * network.shape[2])))
 
 

@@ -391,6 +391,8 @@ def test_warm_up_and_ramp_up_have_the_values_of_their_iterations_and_resume_exac
     first = watched("halves", 2, "--ema-halflife", 2)
     second = watched("halves", 5, "--ema-halflife", 2, "--force")
     assert first[0] + second[0] == rates and first[1] + second[1] == keeps
+    grids = sorted(path.name for path in (home / "halves/stage0/samples").iterdir())
+    assert grids == ["000002.png", "000005.png"]        # at every save, where nothing is scored
     whole, halves = (checkpoint.load(home / f"{name}/stage0/latest.pt") for name in ("whole",
                                                                                     "halves"))
     for name in ("student", "ema"):
@@ -549,6 +551,7 @@ def wrong(home):
     random_images(home / "unlabelled", [(16, 16)] * 5)
     write_reference(home / "few.npz", np.zeros(12), np.eye(12))
     write_reference(home / "clean.npz", np.zeros(2048), np.eye(2048), resize="clean")
+    write_reference(home / "large.npz", np.zeros(2048), np.eye(2048), resize="tf1", side=32)
 
 
 TEACHER = ("--teacher", "own/stage0/best.pt", *TINY)
@@ -572,6 +575,8 @@ REFUSED = [
       "inception.pth", *TEACHER), "reference of 64 dimensions, need 2048"),
     (("--stage", 1, "--reference", "clean.npz", "--inception", "inception.pth", *TEACHER),
      "clean.npz was made with --resize clean"),
+    (("--stage", 1, "--reference", "large.npz", "--inception", "inception.pth", *TEACHER),
+     "large.npz was made with --side 32, these figures are of --side 16"),
     (("--stage", 1, "--dataset", "digits", "--reference", "few.npz"),
      "reference of 12 dimensions, need 64"),
     (("--teacher", "nowhere.pt", "--stage", 1), "--teacher nowhere.pt: no such file and no publi"),

@@ -147,6 +147,18 @@ def test_two_processes_do_what_one_does(trained, run, tmp_path, capsys):
             assert a[name] == pytest.approx(b[name], rel=1e-3)
 
 
+def test_other_prompts_in_a_file_of_the_same_name_are_refused(run, tmp_path, capsys):
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("a cat")
+    flags = ("--stage", 1, "--folder", tmp_path, "--evaluate-every", 0, "--prompts", prompts)
+    assert run(*flags, "--iterations", 1) == 0
+    prompts.write_text("a dog")
+    assert run(*flags, "--force", "--iterations", 2) == 0
+    prompts.write_text("a fox")
+    assert run(*flags, "--iterations", 2) == 2
+    assert "mine.txt holds other prompts than when" in capsys.readouterr().err
+
+
 def test_diffusers_makes_the_pictures_of_sample_py_from_the_exported_folder(
         here, trained, monkeypatch, tmp_path):
     best, out = trained / "stage3" / "best.pt", tmp_path / "out"

@@ -1,6 +1,7 @@
 """The networks of a run, each a role: what they start from, what is saved, how they resume."""
 
 import copy
+import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,9 @@ def load_roles(config, options, device):
             made_from["start"] = checkpoint.weights_digest(begin["ema"])
         roles = assemble(config, teacher, begin)
         roles.made_from, roles.opened = made_from, opened
+        if opened.base:
+            texts = "\n".join(opened.network.conditions.texts)
+            made_from["prompts"] = hashlib.sha256(texts.encode()).hexdigest()
     roles.class_names = options.class_names
     if options.compile:
         say("compiling the networks: the first iterations can take minutes")
@@ -307,8 +311,10 @@ def resume(config, options, roles, optimizers):
     for what, digest in saved.get("made_from", {}).items():
         if digest != roles.made_from.get(what) and not options.force:
             name = {"teacher": f"--teacher {config.teacher}",
-                    "start": "the checkpoint that this stage starts from"}[what]
-            raise UserError(f"{name} holds other weights than when {folder} was begun; put them "
+                    "start": "the checkpoint that this stage starts from",
+                    "prompts": f"--prompts {options.prompts}"}[what]
+            held = "prompts" if what == "prompts" else "weights"
+            raise UserError(f"{name} holds other {held} than when {folder} was begun; put them "
                             "back, choose another --folder, or go on all the same with --force")
     networks = saved_networks(roles)
     if (saved["network"] != roles.student.config or saved.get("lora", 0) != config.lora

@@ -59,7 +59,9 @@ def open_run(folder, config, options):
 
 def write_config(folder, config, options):
     now, how = as_json(config, options)
-    write_json(folder / "config.json", {"config": now, "options": how, "versions": versions()})
+    on_cpu = {"device": "cpu"} if options.device == "cpu" else {}       # though a GPU is there
+    write_json(folder / "config.json",
+               {"config": now, "options": how, "versions": versions() | on_cpu})
 
 
 FIELDS = json.loads(json.dumps(dataclasses.asdict(Config())))
