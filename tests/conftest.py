@@ -13,12 +13,14 @@ torch.set_num_threads(1)                    # several test processes may share t
 
 from training import log  # noqa: E402
 
-LONGEST = ("test_sharded.py", "test_train.py", "test_text_command.py")
+LONGEST = ("test_sharded.py", "test_train.py", "test_text_command.py", "test_trial.py",
+           "test_own.py", "test_lora.py", "test_fuzz.py", "test_cifar10_command.py")
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process waits for another at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else 9)
+    items.sort(key=lambda item: LONGEST.index(item.path.name)
+               if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish():
