@@ -234,10 +234,15 @@ def squared_distances(a, b):
 # ---- Command line ----
 
 
-def main(argv=None):
+def parse(argv):
     parser = Parser(prog="fid.py", description="Make reference statistics of a set of images.")
-    parser.add_argument("--data", required=True,
-                        help="digits, emoji, cifar10 (downloaded), an archive, folder or zip")
+    parser.add_argument("--data", help="digits, emoji, cifar10 (downloaded), an archive, folder or "
+                                       "zip")
+    parser.add_argument("--coco", metavar="FOLDER",
+                        help="in place of --data: the pictures of COCO 2014 whose captions "
+                             "evaluate.py --coco takes")
+    parser.add_argument("--n", type=int, help="of its captions the first n, as evaluate.py has "
+                                              "them (default: all)")
     parser.add_argument("--out", required=True, help="the npz to write: mu and sigma")
     parser.add_argument("--dataset", help="whose they are: 8x8 grey images of another name than "
                                           "digits are scored by Inception")
@@ -256,6 +261,12 @@ def main(argv=None):
     parser.add_argument("--inception", help="file with the Inception weights (default: downloaded)")
     parser.add_argument("--force", action="store_true", help="replace --out if it exists")
     args = parser.parse_args(argv)
+    if bool(args.data) == bool(args.coco):
+        raise UserError("give --data, or --coco: one of them")
+    if args.n is not None and not args.coco:
+        raise UserError("--n is for --coco; --data is taken whole")
+    if args.coco and not (args.side or args.patch):
+        raise UserError("--coco has pictures of many sizes: give --side or --patch")
     if Path(args.out).suffix != ".npz" or Path(args.out).is_dir():
         raise UserError(f"--out {args.out}: must be the name of an .npz file")
     if Path(args.out).exists() and not args.force:
@@ -268,18 +279,23 @@ def main(argv=None):
         raise UserError(f"--batch {args.batch}: must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no CUDA device here; cpu works")
+    return args
 
+
+def main(argv=None):
     # This file is mathematics too, and imports no room.
-    from images.captioned import PATCH, Pictures, check_side, patch
+    from images.captioned import PATCH, Pictures, check_side, coco_pictures, patch, square
     from images.real import open_images
     from metrics.judge import OWN, dataset_of, feature_network
+
+    args = parse(argv)
     check_side(args.side)
-    images = (Pictures(args.data, args.side) if args.side else
-              Pictures(args.data, PATCH, cut=patch) if args.patch else
-              open_images(args.data, args.cache))
+    size, cut = (PATCH, patch) if args.patch else (args.side, square)
+    images = (coco_pictures(args.coco, args.n, size, cut) if args.coco else
+              Pictures(args.data, size, cut=cut) if size else open_images(args.data, args.cache))
     named = args.dataset or (args.data if args.data in OWN else None)
-    dataset = dataset_of(images.shape, named, args.data)
-    resize = args.resize or ("clean" if args.side or args.patch else "tf1")
+    dataset = dataset_of(images.shape, named, args.data or args.coco)
+    resize = args.resize or ("clean" if size else "tf1")
     network = feature_network(dataset, args.cache, args.device, args.inception, resize)
     made = {} if dataset in OWN else {"resize": resize, "side": images.shape[-1]}
     batches = (batch for batch, _ in images.batches(args.batch))

@@ -66,14 +66,17 @@ def squares(images, size, cut=square):
 class Pictures(Images):
     """Like other images, but that the files may have any sizes; with captions where asked for."""
 
-    def __init__(self, source, size, captioned=False, cut=square):
+    def __init__(self, source, size, captioned=False, cut=square, names=None):
         path = Path(source)
         if not path.exists():
             raise UserError(f"no pictures at {path}; wanted: a folder or zip of them")
         found, read_bytes = open_files(path)
-        names = sorted(filter(is_image, found))
+        names = names or sorted(filter(is_image, found))
         if not names:
             raise UserError(f"no pictures in {path}")
+        if missing := sorted(set(names) - set(found)):
+            raise UserError(f"{path}: {len(missing)} of {len(names)} pictures are not there, "
+                            f"{missing[0]} is the first")
         super().__init__(str(path), (3, size, size), np.zeros(len(names), np.int64),
                          lambda number: cut(decode(path, names[number], read_bytes), size), 0)
         self.captions = captions_of(path, names, set(found), read_bytes) if captioned else None
@@ -105,7 +108,8 @@ def captions_of(path, names, found, read_bytes):
 
 
 def coco_captions(folder):
-    """One caption of each picture of val2014, and the pictures in an order, both by COCO_SEED."""
+    """(file name, one of its captions) of each picture of val2014; the caption, and the order of
+    the pictures, by COCO_SEED."""
     path, told, draw = Path(folder) / COCO_CAPTIONS, {}, np.random.RandomState(COCO_SEED)
     if not path.is_file():
         raise UserError(f"no {path}: --coco wants a folder with COCO 2014's {COCO_CAPTIONS}, of "
@@ -118,7 +122,16 @@ def coco_captions(folder):
             told.setdefault(int(one["image_id"]), []).append(one["caption"].strip())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} holds no captions as COCO's does: {error!r}") from None
-    return [told[image][draw.randint(len(told[image]))] for image in draw.permutation(sorted(told))]
+    return [(f"COCO_val2014_{image:012d}.jpg", told[image][draw.randint(len(told[image]))])
+            for image in draw.permutation(sorted(told))]
+
+
+def coco_pictures(folder, n, size, cut):
+    """The pictures that the first n captions are of; n None: all."""
+    names = [name for name, _ in coco_captions(folder)]
+    if n is not None and not 2 <= n <= len(names):
+        raise UserError(f"--n {n}: must be 2 to {len(names):,}")
+    return Pictures(Path(folder) / COCO_PICTURES, size, cut=cut, names=names[:n])
 
 
 class Asked(NamedTuple):
@@ -151,7 +164,7 @@ def read_captions(prompts, coco, n, dataset=None):
     if not (prompts or coco):
         return Asked([], {})
     path = prompts or Path(coco) / COCO_CAPTIONS
-    texts = read_prompts(path) if prompts else coco_captions(coco)
+    texts = read_prompts(path) if prompts else [text for _, text in coco_captions(coco)]
     n = n or min(len(texts), COCO_IMAGES)
     if not 2 <= n <= len(texts):
         fewer = "; a smaller --n takes the first of them" if len(texts) > 1 else ""

@@ -285,12 +285,13 @@ def test_squares_are_pillows_and_grey_is_grey_repeated():
 # ---- COCO and other captions ----
 
 def test_one_caption_of_each_picture_in_a_fixed_order(world):
-    captions = coco_captions(world / "coco")
+    names, captions = zip(*coco_captions(world / "coco"))
+    assert names[:2] == ("COCO_val2014_000000001000.jpg", "COCO_val2014_000000000852.jpg")
     assert sorted(int(caption.split()[0]) for caption in captions) == sorted(
         1000 - 37 * k for k in range(7))
-    assert captions == coco_captions(world / "coco")
-    assert captions != sorted(captions) and len({c.split()[1] for c in captions}) > 1
-    assert captions[:3] == ["1000 1", "852 2", "815 0"]          # the same on every machine
+    assert list(zip(names, captions)) == coco_captions(world / "coco")
+    assert list(captions) != sorted(captions) and len({c.split()[1] for c in captions}) > 1
+    assert captions[:3] == ("1000 1", "852 2", "815 0")          # the same on every machine
 
 
 def test_pictures_of_any_size_with_captions_beside_them(tmp_path):
@@ -584,6 +585,29 @@ def test_fid_refuses_pictures_of_many_sizes_but_with_a_side(here, monkeypatch, c
         assert said in capfd.readouterr().err and not Path("out.npz").exists()
     assert call(monkeypatch, fid, *flags, "--side", 256) == 0
     assert fid.read_reference("out.npz", 6, resize="clean", side=256)[0].shape == (6,)
+
+
+def test_a_reference_of_the_pictures_that_the_first_captions_are_of(here, monkeypatch, capfd):
+    inception = ["--inception", "inception.pth"]
+    assert call(monkeypatch, fid, "--coco", "coco", "--n", 3, "--side", 64, "--out", "three.npz",
+                *inception) == 0
+    Path("three").mkdir()
+    for number in (1000, 852, 815):
+        name = f"COCO_val2014_{number:012d}.jpg"
+        shutil.copy(Path("coco/val2014", name), Path("three", name))
+    assert call(monkeypatch, fid, "--data", "three", "--side", 64, "--out", "again.npz",
+                *inception) == 0
+    one, other = (fid.read_reference(f"{name}.npz") for name in ("three", "again"))
+    assert all(np.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(one, other))
+    shutil.move("coco/val2014", "elsewhere")
+    shutil.copytree("three", "coco/val2014")
+    for flags, said in ((["--coco", "coco", "--side", 64], "4 of 7 pictures are not there, COCO_v"),
+                        (["--coco", "coco"], "--coco has pictures of many sizes: give --side"),
+                        (["--coco", "coco", "--n", 1, "--side", 64], "--n 1: must be 2 to 7"),
+                        (["--side", 64], "give --data, or --coco"),
+                        (["--data", "three", "--n", 3, "--side", 64], "--n is for --coco")):
+        assert call(monkeypatch, fid, *flags, "--out", "none.npz") == 2
+        assert said in capfd.readouterr().err and not Path("none.npz").exists()
 
 
 # ---- Patch FID and diversity, as DMD2 has them ----
