@@ -180,7 +180,8 @@ def emoji_unforget_longer():
 
 def over_time(name, steps):
     if not PLAN.done(name):
-        return ["not run"]
+        total, each = iterations(name)
+        return ["not run"] * (total // each)
     pairs = (PLAN.over_training(name, 0, f"{what}@{steps}")[1]
              for what in (PLAN.metric, PLAN.share))
     return [f"{fid:.1f}; {share:.1%}" for fid, share in zip(*pairs)]

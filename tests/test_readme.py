@@ -184,7 +184,7 @@ def test_every_flag_that_is_named_exists(page):
     others = {flag for path in [*scripts, *ROOT.glob("weights/*.py"), *ROOT.glob("base/*.py"),
                                 *ROOT.glob("experiments/*.py")]
               for flag in re.findall(rf'"({FLAG})"', path.read_text())}
-    torchrun = {"--nproc_per_node", "--max-restarts"}
+    torchrun = {"--nproc_per_node", "--max-restarts", "--shutdown-timeout", "--signals-to-handle"}
     for piece in code(TEXTS[page]):
         command, _, given = piece.partition("#")[0].partition("train.py ")
         flags = re.findall(FLAG, given)
