@@ -198,12 +198,18 @@ def make_all(plan, names, seeds, jobs):
 
 
 def make_again(plan, names, seeds, jobs):
-    """A second time, in a folder of its own; what is equal to the record is recorded too."""
+    """A second time, in a folder of its own, from the same checkpoint where the run before is not
+    made again; what is equal to the record is recorded too."""
     second, wanted = plan.again, [(name, seed) for name in names for seed in seeds
                                   if seed in plan.runs[name].seeds]
     if unmade := [f"{name} of seed {seed}" for name, seed in wanted if seed not in plan.done(name)]:
         raise UserError(f"--again: there is no record of {', '.join(unmade)} to compare with")
     shutil.rmtree(ROOT / second.kept.parent, ignore_errors=True)
+    for name, seed in wanted:
+        before = plan.runs[name].after
+        if before and before not in names and (ROOT / plan.best(before, seed)).exists():
+            (ROOT / second.best(before, seed)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / plan.best(before, seed), ROOT / second.best(before, seed))
     make_all(second, names, seeds, jobs)
     found = [{"run": name, "seed": seed,
               "figures": plan.scores(name, seed) == second.scores(name, seed),

@@ -122,6 +122,20 @@ def test_only_what_was_recorded_is_made_again_and_nothing_stale_stays_beside_a_r
     assert not stale.exists()
 
 
+def test_made_again_alone_it_starts_from_the_same_checkpoint(monkeypatch, tmp_path):
+    plan = dataclasses.replace(tables.PLAN, kept=tmp_path / "kept", work=tmp_path / "work")
+    for path in (plan.record("pmdd-2", 0), plan.best("pmdd-1", 0)):
+        path.parent.mkdir(parents=True)
+        path.write_text("the first")
+    started = []
+    monkeypatch.setattr(recorded_runs, "make_all", lambda again, *args: started.append(
+        again.best("pmdd-1", 0).read_text()))
+    monkeypatch.setattr(recorded_runs.Plan, "scores", lambda *args: [])
+    monkeypatch.setattr(recorded_runs.Plan, "log", lambda *args: [])
+    recorded_runs.make_again(plan, ["pmdd-2"], (0,), 1)
+    assert started == ["the first"]
+
+
 def test_what_a_run_starts_from_is_trained_again_where_only_its_record_is_left(monkeypatch,
                                                                                tmp_path):
     """The chain of three: the record of two, the checkpoint of none."""
