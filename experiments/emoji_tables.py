@@ -228,15 +228,16 @@ def draw_all():
     figure, axes = plt.subplots(3, 2, figsize=(9, 9), layout="constrained")
     runs = {sampling: {f"beta-{weight}-{sampling}": weight for weight in WEIGHTS}
             for sampling in SAMPLINGS}
-    panels = [(k, text, runs[sampling]) for k in (2, 1) for sampling, text in
+    panels = [(k, text, PLAN.metric, runs[sampling]) for k in (2, 1) for sampling, text in
               zip(SAMPLINGS, ("external sampling", "own sampling"))]
-    panels += [(k, "external sampling, longer", TO_THE_END) for k in (2, 1)]
-    for axis, (k, text, weights) in zip(axes.flat, panels):
+    panels += [(k, "external sampling, longer", PLAN.share, TO_THE_END) for k in (2, 1)]
+    for axis, (k, text, what, weights) in zip(axes.flat, panels):
         for name, weight in weights.items():
             if PLAN.done(name):
-                axis.plot(*PLAN.over_training(name, 0, f"emoji-FID@{k}"), marker=".",
+                axis.plot(*PLAN.over_training(name, 0, f"{what}@{k}"), marker=".",
                           color=f"C{WEIGHTS.index(weight)}", label=f"beta {weight}")
-        axis.set(title=f"{steps_text(k)}, {text}", ylabel="emoji-FID", xlabel="iterations")
+        axis.set(title=f"{steps_text(k)}, {text}", ylabel=what.replace("_", " "),
+                 xlabel="iterations")
     save(figure, axes.flat, "unforget.png")
 
     figure, axis = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
