@@ -63,7 +63,8 @@ RUNS = {
     **{name: Run(f"--stage 2 {PAPER.format(GUIDANCE)} --unforget-weight {beta} "
                  "--external-sampling --final-rate 1", "pmdd-1", SEEDS[:1])
        for name, beta in TO_THE_END.items()},
-    **{guided(weight): Run(f"--stage 1 --guidance {weight}", seeds=SEEDS[:1])
+    **{guided(weight): Run(f"--stage 1 --guidance {weight}",
+                           seeds=SEEDS if weight == 1 else SEEDS[:1])       # 1: of Table 2 too
        for weight in GUIDANCES if weight != GUIDANCE}}
 
 
