@@ -211,7 +211,7 @@ def whole(dataset):
                          *(plan.cell(full, n) if n <= k else "-" for n in (1, 2, 3)),
                          plan.cell(full, k, plan.share)])
     return markdown(["student", "million passes", f"{plan.metric}: 1 step", "2", "3",
-                     f"{plan.share.replace('_', ' ')} at the most steps"], rows)
+                     f"{plan.share.replace('_', ' ')}, all steps"], rows)
 
 
 def published_passes():
