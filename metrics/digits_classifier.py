@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from base.files import ASSETS, file_digest
-from metrics.inception import in_chunks, load_strictly, read_weights
+from base.files import ASSETS
+from metrics.inception import in_chunks, load_trained
 
 WEIGHTS = ASSETS / "digits-features.pt"
 
@@ -67,9 +67,4 @@ def unit(x):
 
 
 def load_digits_network(path=WEIGHTS, device="cpu"):
-    """The trained network, frozen; `test_accuracy` is the one that its training recorded."""
-    network, saved = DigitsNetwork(), read_weights(path)
-    network.test_accuracy = saved.pop("test_accuracy", None)
-    load_strictly(network, saved, path)
-    network.sha256 = file_digest(path)
-    return network.eval().requires_grad_(False).to(device)
+    return load_trained(DigitsNetwork(), path, "test_accuracy").to(device)

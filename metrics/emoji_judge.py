@@ -16,9 +16,9 @@ from torch import nn
 from tqdm import trange
 
 from base.errors import Parser, run
-from base.files import file_digest, write_atomically
+from base.files import write_atomically
 from images import emoji
-from metrics.inception import in_chunks, load_strictly, read_weights
+from metrics.inception import in_chunks, load_trained
 
 WEIGHTS = emoji.GLYPHS.with_name("judge.pt")
 COUNTS = 3                                  # how many things stand there: none, one, two
@@ -81,12 +81,7 @@ class EmojiNetwork(nn.Module):
 
 
 def load_emoji_network(path=WEIGHTS, device="cpu"):
-    """The trained network, frozen; `accuracy` is what its training recorded, by kind of picture."""
-    network, saved = EmojiNetwork(), read_weights(path)
-    network.accuracy = saved.pop("accuracy", None)
-    load_strictly(network, saved, path)
-    network.sha256 = file_digest(path)
-    return network.eval().requires_grad_(False).to(device)
+    return load_trained(EmojiNetwork(), path, "accuracy").to(device)        # by kind of picture
 
 
 # What it learns from ------------------------------------------------------------------------

@@ -239,6 +239,15 @@ def load_strictly(network, weights, source):
         raise UserError(f"{source}: not the weights of {network.name} ({reason})") from None
 
 
+def load_trained(network, path, told):
+    """One of our own, frozen; `told` is what its training has recorded beside the weights."""
+    saved = read_weights(path)
+    setattr(network, told, saved.pop(told, None))
+    load_strictly(network, saved, path)
+    network.sha256 = file_digest(path)
+    return network.eval().requires_grad_(False)
+
+
 def load_inception(cache=None, device="cpu", weights=None, resize="tf1"):
     """The published network, frozen and folded."""
     path = weights or fetch("inception-2015-12-05", cache)

@@ -1,12 +1,15 @@
 """What tests of the command lines share: stand-ins for trained networks, and ways to call."""
 
+import json
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,6 +43,13 @@ def save_student(path, steps=3, dataset="digits", seed=0, **changes):
         "sigmas": list(PMDD_SIGMAS[:steps]), "network": network.config,
         "ema": network.state_dict()})
     return network
+
+
+def golden_weights(golden, scaled):
+    """Those for which golden values hold: scaled(key, the key's own normal numbers) of each key."""
+    return {key: torch.from_numpy(scaled(key, np.random.RandomState(
+        zlib.crc32(key.encode())).standard_normal(shape)).astype(np.float32))
+        for key, shape in json.loads(str(golden["state_dict_shapes"])).items()}
 
 
 def call(monkeypatch, script, *args):

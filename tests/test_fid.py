@@ -1,10 +1,8 @@
-import json
 import os
 import pickle
 import subprocess
 import sys
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from experiments import make_assets
 from experiments.make_assets import held_out
 from fid import (FeatureStatistics, InceptionScore, frechet_distance, precision_recall,
                  read_reference, reference_statistics, write_reference)
+from helpers import golden_weights
 from images.real import load_digits
 from metrics import inception
 from metrics.digits_classifier import DigitsNetwork, load_digits_network
@@ -28,25 +27,19 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = np.load(ROOT / "tests" / "golden" / "inception.npz", allow_pickle=False)
 
 
-def recipe(key, shape):
-    """The weights for which the golden values hold."""
-    r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+def scaled(key, r):
     if key.endswith("conv.weight"):
-        r *= np.sqrt(2 / np.prod(shape[1:]))
-    elif key.endswith("bn.weight"):
-        r = 1 + 0.1 * r
-    elif key.endswith("bn.running_var"):
-        r = 1 + 0.1 * abs(r)
-    elif key == "fc.weight":
-        r *= np.sqrt(1 / shape[1])
-    else:
-        r *= 0.1
-    return torch.from_numpy(r.astype(np.float32))
+        return r * np.sqrt(2 / np.prod(r.shape[1:]))
+    if key.endswith("bn.weight"):
+        return 1 + 0.1 * r
+    if key.endswith("bn.running_var"):
+        return 1 + 0.1 * abs(r)
+    return r * (np.sqrt(1 / r.shape[1]) if key == "fc.weight" else 0.1)
 
 
 @pytest.fixture(scope="module")
 def state():
-    return {k: recipe(k, s) for k, s in json.loads(str(GOLDEN["state_dict_shapes"])).items()}
+    return golden_weights(GOLDEN, scaled)
 
 
 @pytest.fixture(scope="module")

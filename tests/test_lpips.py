@@ -1,5 +1,3 @@
-import json
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from base.errors import UserError
+from helpers import golden_weights
 from metrics import lpips
 from metrics.lpips import LPIPS, load_lpips
 
@@ -15,21 +14,15 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "lpips.npz", allow_pickle=Fa
 A, B = (torch.from_numpy(GOLDEN[key]) for key in ("a", "b"))
 
 
-def recipe(key, shape):
-    """The weights for which the golden values hold."""
-    r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+def scaled(key, r):
     if key.startswith("lin"):
-        r = abs(r)
-    elif key.endswith(".weight"):
-        r *= np.sqrt(2 / np.prod(shape[1:]))
-    else:
-        r *= 0.1
-    return torch.from_numpy(r.astype(np.float32))
+        return abs(r)
+    return r * (np.sqrt(2 / np.prod(r.shape[1:])) if key.endswith(".weight") else 0.1)
 
 
 @pytest.fixture(scope="module")
 def state():
-    return {k: recipe(k, s) for k, s in json.loads(str(GOLDEN["state_dict_shapes"])).items()}
+    return golden_weights(GOLDEN, scaled)
 
 
 @pytest.fixture(scope="module")
