@@ -234,7 +234,7 @@ def squared_distances(a, b):
 # ---- Command line ----
 
 
-def parse(argv):
+def parse(argv=None):
     parser = Parser(prog="fid.py", description="Make reference statistics of a set of images.")
     parser.add_argument("--data", help="digits, emoji, cifar10 (downloaded), an archive, folder or "
                                        "zip")

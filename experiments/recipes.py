@@ -210,7 +210,7 @@ def whole(dataset):
                          million(dataset, name, done[0], k) if done else "not run",
                          *(plan.cell(full, n) if n <= k else "-" for n in (1, 2, 3)),
                          plan.cell(full, k, plan.share)])
-    return markdown(["student", "million passes", f"{plan.metric}: 1 step", "2", "3",
+    return markdown(["student", "M passes", f"{plan.metric}: 1 step", "2", "3",
                      f"{plan.share.replace('_', ' ')}, all steps"], rows)
 
 

@@ -13,8 +13,9 @@ torch.set_num_threads(1)                    # several test processes may share t
 
 from training import log  # noqa: E402
 
-LONGEST = ("test_sharded.py", "test_train.py", "test_text_command.py", "test_trial.py",
-           "test_own.py", "test_lora.py", "test_fuzz.py", "test_cifar10_command.py")
+LONGEST = ("test_sharded.py", "test_train.py", "test_faults.py", "test_text_command.py",
+           "test_own.py", "test_recipes.py", "test_bench.py", "test_pretrained.py",
+           "test_sample.py", "test_cifar10_command.py", "test_fid.py", "test_fuzz.py")
 
 
 def pytest_collection_modifyitems(items):

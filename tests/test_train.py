@@ -830,7 +830,7 @@ def test_once_a_figure_is_not_finite_no_later_update_moves_a_weight(loss, gradie
 
 def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     config = dataclasses.replace(rows.find("digits", "pmdd", 1).config, iterations=20)
-    told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", Before(), None)
+    told = log.Log(config, SimpleNamespace(folder=tmp_path, device="cpu"), "cpu", Before(), None)
     images = torch.zeros(2, 1, 8, 8)
     told.take(1, {"gradient": torch.tensor(1.0)}, images)
     told.take(2, {"gradient": torch.tensor(float("inf"))}, images)
@@ -854,8 +854,8 @@ def test_the_pace_of_a_run_leaves_its_evaluations_out(tmp_path, monkeypatch):
     config = dataclasses.replace(rows.find("digits", "pmdd", 1).config, iterations=100)
     slow = SimpleNamespace(score=lambda *args: time.sleep(0.5) or {"1": {"digits-FID": 2.0}},
                            judge=object())
-    told = log.Log(config, SimpleNamespace(folder=tmp_path), "cpu", Before(best_fid=1.0), None,
-                   slow, Passes(train.iteration, config))
+    told = log.Log(config, SimpleNamespace(folder=tmp_path, device="cpu"), "cpu",
+                   Before(best_fid=1.0), None, slow, Passes(train.iteration, config))
     for name in ("payload", "save", "save_latest", "save_samples"):
         monkeypatch.setattr(log, name, lambda *args: None)
     figures, images = {"denoising": torch.tensor(1.0)}, torch.zeros(2, 1, 8, 8)
