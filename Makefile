@@ -28,7 +28,7 @@ demo-text: .venv/text .venv/curves
 		--out $(DEMO_TEXT)/compare.png
 
 test: .venv/dev
-	.venv/bin/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder tests
+	.venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
 
 # The long version of the fault tests, recorded: minutes.
 soak: .venv/dev
