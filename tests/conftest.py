@@ -15,7 +15,9 @@ from training import log  # noqa: E402
 
 LONGEST = ("test_sharded.py", "test_train.py", "test_faults.py", "test_text_command.py",
            "test_own.py", "test_recipes.py", "test_bench.py", "test_pretrained.py",
-           "test_sample.py", "test_cifar10_command.py", "test_fid.py", "test_fuzz.py")
+           "test_sample.py", "test_cifar10_command.py", "test_fid.py", "test_lora.py",
+           "test_text_to_image.py", "test_tables.py", "test_trace.py", "test_text_teacher.py",
+           "test_fuzz.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -30,9 +32,11 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_curves():
-    """A run that ends draws its curves: a second or more of matplotlib, of which one test knows."""
+def few_pictures():
+    """A run that ends draws its curves: a second or more of matplotlib, of which one test knows.
+    Its grids of samples have one column: of a teacher, 80 images of 35 passes take a second."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "draw_curves", lambda lines, path: None)
+        patch.setattr(log, "COLUMNS", 1)
         patch.setenv("PYTHONPATH", str(ROOT / "tests" / "without"))
         yield
