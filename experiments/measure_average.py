@@ -16,7 +16,6 @@ import torch
 from base.errors import UserError, run
 from base.files import ROOT, versions, write_json
 from base.progress import progress
-from images.from_seeds import choose_classes, every_step, sample_block, seed_blocks
 from metrics.judge import Scorer
 from models import update_ema
 from train import iteration, make_optimizers, open_sources, set_rate
@@ -38,17 +37,9 @@ WEIGHTS = "weights"
 
 def scores(network, scorer, config):
     """The data set's FID at the stage's own number of steps, of each block of images."""
-    def task(seeds):
-        asked = choose_classes(scorer.labels, seeds, network.conditions.count)
-        return sample_block(network, seeds, every_step(config.sigmas), asked, scorer.device)
-
-    found = []
-    for block in range(BLOCKS):
-        seeds = range(block * scorer.images, (block + 1) * scorer.images)
-        every = scorer.judge.scores(task, seed_blocks(seeds, network, scorer.device),
-                                    len(config.sigmas), scorer.images)
-        found.append(every[-1][scorer.judge.network.metric])
-    return found
+    own, metric = str(config.stage), scorer.judge.network.metric
+    return [scorer.score(network, config.sigmas, block * scorer.images)[own][metric]
+            for block in range(BLOCKS)]
 
 
 def measure(config, options):

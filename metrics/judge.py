@@ -274,8 +274,9 @@ class Scorer:
                            size=options.network.get("img_resolution"))
 
     @torch.no_grad()
-    def score(self, network, sigmas):
-        """A student at 1..n steps from one roll-out; without sigmas a teacher (key "heun")."""
+    def score(self, network, sigmas, first=0):
+        """A student at 1..n steps from one roll-out; without sigmas a teacher (key "heun").
+        Of the images of the seeds from `first` on."""
         if sigmas:
             keys, sampler = [str(n + 1) for n in range(len(sigmas))], every_step(sigmas)
         else:
@@ -286,5 +287,5 @@ class Scorer:
             asked = choose_classes(self.labels, seeds, network.conditions.count)
             return sample_block(network, seeds, sampler, asked, self.device)
 
-        blocks = seed_blocks(range(self.images), network, self.device)
+        blocks = seed_blocks(range(first, first + self.images), network, self.device)
         return dict(zip(keys, self.judge.scores(task, blocks, len(keys), self.images)))
