@@ -18,7 +18,7 @@ from experiments.speed_tables import result
 from images.captioned import KINDS
 from metrics.emoji_judge import load_emoji_network
 from metrics.evaluations import cell, records_under, table
-from presets.rows import PRESETS
+from presets.rows import PRESETS, find
 from training.run_folder import read_metrics
 from weights.opening import steps_text
 
@@ -209,6 +209,19 @@ def averages():
                      for one in curve])
 
 
+def averages_of_rows():
+    """The weights and the row's own average, from the second evaluation on, of each block."""
+    rows = []
+    for path in sorted((ROOT / "results" / "average").glob("*.json")):
+        dataset, method, stage = path.stem.split("-")
+        share = f"{find(dataset, method, int(stage)).config.ema_rampup:g}"
+        rows += [[f"{dataset}, {method}, stage {stage}", f"{one['iterations']:,}",
+                  *(f"{value:.2f}" for name in ("weights", share) for value in one[name])]
+                 for one in read_json(path)["curve"][1:]]
+    return markdown(["row", "iterations", "the weights", "of other seeds", "the average",
+                     "of other seeds"], rows)
+
+
 def in_two(make):
     """A table of cells "digits-FID; right class" as one table for each."""
     heading, _, *rows = [line.strip("| ").split(" | ") for line in make().splitlines()]
@@ -277,7 +290,8 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
              emoji_judge, emoji_embedded, emoji_steps, iteration, deviations, rooms, files,
-             published, summary, heldout, averages, soak)},
+             published, summary, heldout, averages,
+            averages_of_rows, soak)},
          **speed_tables.TABLES, **tables.TABLES, **emoji_tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}
