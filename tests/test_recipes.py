@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import train
-from helpers import call
+from helpers import ROOT, call
 from experiments import compare, measure_average, recipes
 from models import KARRAS
 from presets import rows
+from presets.rows import find
 from training import cost, plan, rehearsal
 from training.cost import Rehearsal, one_image
 from training.draws import Sources, draw
@@ -47,6 +48,16 @@ def test_at_the_second_evaluation_the_average_is_no_worse_than_the_weights(
     weights, ramped, constant = (sum(second[name]) / 2 for name in ("weights", "0.05", "0"))
     spread = abs(second["weights"][0] - second["weights"][1])
     assert ramped < weights + spread < constant         # which is still the teacher
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results" / "average").glob("*.json")),
+                         ids=lambda path: path.stem)
+def test_so_it_was_wherever_it_was_measured(path):
+    dataset, method, stage = path.stem.split("-")
+    share = f"{find(dataset, method, int(stage)).config.ema_rampup:g}"
+    for one in json.loads(path.read_text())["curve"][1:]:
+        weights, average = (sum(one[name]) / 2 for name in ("weights", share))
+        assert average < weights + abs(one["weights"][0] - one["weights"][1])
 
 
 @pytest.mark.parametrize("argv, said", [
