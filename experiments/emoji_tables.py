@@ -124,7 +124,7 @@ def emoji_methods():
         (3, "dmd2-3", "3 steps together", "9.18; 0.303"))]
     rows += [row("DMD2 with GAN, 1 step", "dmd2-gan", 1, "8.35; 0.30"),
              row("DMD with regression, 1 step", "dmd", 1, "11.49; -"),
-             row("sid, 1 step", "sid", 1, "fails")]
+             row("sid, 1 step", "sid", 1, "no gain")]
     return markdown(["", "emoji-FID", "right picture", "paper, COCO: FID; CLIP score"],
                     rows + teacher_rows())
 

@@ -218,8 +218,8 @@ def averages_of_rows():
         rows += [[f"{dataset}, {method}, stage {stage}", f"{one['iterations']:,}",
                   *(f"{value:.2f}" for name in ("weights", share) for value in one[name])]
                  for one in read_json(path)["curve"][1:]]
-    return markdown(["row", "iterations", "the weights", "of other seeds", "the average",
-                     "of other seeds"], rows)
+    return markdown(["row", "iterations", "the weights", "other images", "the average",
+                     "other images"], rows)
 
 
 def in_two(make):

@@ -211,7 +211,7 @@ def whole(dataset):
                          *(plan.cell(full, n) if n <= k else "-" for n in (1, 2, 3)),
                          plan.cell(full, k, plan.share)])
     return markdown(["student", "M passes", f"{plan.metric}: 1 step", "2", "3",
-                     f"{plan.share.replace('_', ' ')}, all steps"], rows)
+                     f"{plan.share.replace('_', ' ')}, the stage's steps"], rows)
 
 
 def published_passes():
@@ -226,7 +226,7 @@ def published_passes():
         total[str(folder / f"stage{stage}/best.pt")] = whole = alone + total.get(before, 0)
         if row.paper_fid:
             rows.append([dataset, " ".join(filter(None, (method, variant))), str(stage),
-                         f"{alone / 1e6:,.0f}", f"{whole / 1e6:,.0f}", f"{row.paper_fid:g}",
+                         f"{alone / 1e6:,.0f}", f"{whole / 1e6:,.0f}", f"{row.paper_fid:.2f}",
                          row.gpus, row.hours])
     return markdown(["data set", "method", "steps", "million passes", "with those before",
                      "paper's FID", "GPUs", "hours"], rows)
