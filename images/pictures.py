@@ -99,6 +99,8 @@ def draw_curves(lines, path):
     names = [name for name in CURVES if any(name in line for line in lines)]
     fids = sorted({n for line in lines for n in line if "FID" in n})
     groups = [[n] for n in names] + [fids] * bool(fids)
+    if not groups:
+        return
     rows = -(-len(groups) // 4)
     figure, axes = plt.subplots(rows, 4, squeeze=False, figsize=(12, 2.3 * rows),
                                 layout="constrained")

@@ -20,7 +20,7 @@ from weights.checkpoint import weights_digest
 OPENCLIP = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 PREFIX = "A photo depicts "
 FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer*", "special_tokens_map.json",
-         "model*.safetensors")
+         "model*.safetensors", "model.safetensors.index.json")
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)   # CLIP's own
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
 

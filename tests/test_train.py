@@ -843,6 +843,8 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
 def test_the_curves_of_a_run_are_a_picture_with_a_line_for_each(tmp_path):
     path, lines = tmp_path / "curves.png", [
         {"iteration": k, "distill": 1.0 / (k + 1), "digits-FID@1": 9.0 - k} for k in range(5)]
+    draw_curves([], path)                               # a run whose metrics are lost
+    assert not path.exists()
     draw_curves(lines, path)
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     left, right = picture[:, :300], picture[:, 300:600]     # one graph for each figure
@@ -936,6 +938,11 @@ def test_the_command_line_exits_with_two_and_one_line(teacher, tmp_path):
     if not torch.cuda.is_available():
         done = run_python(None, ROOT / "train.py", "--device", "cuda", check=False)
         assert done.returncode == 2 and "no CUDA device" in done.stderr
+
+
+def test_a_dry_run_of_a_teacher_counts_its_augmented_images_too(capsys):
+    assert train.main("--dataset cifar10 --stage 0 --augment 0.12 --dry-run".split()) == 0
+    assert "memory, all tensors of one process" in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path, capsys,
