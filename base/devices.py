@@ -20,7 +20,8 @@ def full_precision(device):
     try:
         for backend in backends:
             backend.allow_tf32 = False
-        with torch.autocast("cpu" if device == "meta" else device, enabled=False):    # none of meta
+        # A plan computes on meta, which has no autocast.
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):
             yield
     finally:
         for backend, allowed in zip(backends, before):

@@ -290,8 +290,7 @@ PARTS = {"headline": partial(evaluations, "embedded"),
          "presets_afhqv2_64": partial(presets, "afhqv2-64"),
          **{f.__name__: f for f in (
              emoji_judge, emoji_embedded, emoji_steps, iteration, deviations, rooms, files,
-             published, summary, heldout, averages,
-            averages_of_rows, soak)},
+             published, summary, heldout, averages, averages_of_rows, soak)},
          **speed_tables.TABLES, **tables.TABLES, **emoji_tables.TABLES,
          "budgets": partial(in_two, tables.budgets),
          "unforget_weights": partial(in_two, tables.unforget_weights)}

@@ -12,7 +12,6 @@ from helpers import ROOT, call
 from experiments import compare, measure_average, recipes
 from models import KARRAS
 from presets import rows
-from presets.rows import find
 from training import cost, plan, rehearsal
 from training.cost import Rehearsal, one_image
 from training.draws import Sources, draw
@@ -52,9 +51,9 @@ def test_at_the_second_evaluation_the_average_is_no_worse_than_the_weights(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results" / "average").glob("*.json")),
                          ids=lambda path: path.stem)
-def test_so_it_was_wherever_it_was_measured(path):
+def test_the_average_was_no_worse_in_any_row_that_was_measured(path):
     dataset, method, stage = path.stem.split("-")
-    share = f"{find(dataset, method, int(stage)).config.ema_rampup:g}"
+    share = f"{rows.find(dataset, method, int(stage)).config.ema_rampup:g}"
     for one in json.loads(path.read_text())["curve"][1:]:
         weights, average = (sum(one[name]) / 2 for name in ("weights", share))
         assert average < weights + abs(one["weights"][0] - one["weights"][1])

@@ -34,9 +34,9 @@ NETWORKS = ("student", "ema", "adapted", "head")
 def here(tmp_path_factory):
     """Every run of sharded.py, made by one torchrun."""
     folder = tmp_path_factory.mktemp("sharded")
-    tiny_pipelines.save(folder / "pipeline", xl=True, sample_size=8, block_out_channels=(16,),
-                        transformer_layers_per_block=1, up_block_types=("UpBlock2D",),
-                        down_block_types=("CrossAttnDownBlock2D",))
+    tiny_pipelines.save(folder / "pipeline", xl=True, sample_size=8, block_out_channels=(16, 32),
+                        transformer_layers_per_block=1, up_block_types=("UpBlock2D",) * 2,
+                        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"))
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     (folder / "pictures").mkdir()
     for k, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)):
