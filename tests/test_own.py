@@ -24,6 +24,7 @@ import tiny_pipelines
 import train
 from base.errors import UserError
 from edm_networks import EDMPrecond
+from presets.datasets import CIFAR10
 from experiments import bench, bench_files, compare, make_assets
 from fid import read_reference, write_reference
 from helpers import ROOT, call, save_student, torchrun
@@ -311,6 +312,19 @@ def test_a_plain_state_dict_is_a_teacher_and_compare_finds_it(stage0, home, said
     assert code == 0 and "plain.pt (teacher)" in out
     code, out, _ = said(sample, "--dataset", "plain", "--heun", 2, "--n", 2)
     assert code == 0 and "plain.pt (teacher)" in out
+
+
+def test_a_name_that_only_holds_that_of_a_known_data_set_is_the_users_own(home):
+    network = EDMPrecond(**CIFAR10.network | {"model_channels": 8, "num_blocks": 1,
+                                              "label_dim": 100})
+    torch.save(network.state_dict(), home / "cifar100-teacher.pth")
+    for more, name in (([], "cifar100-teacher"), (["--dataset", "cifar100"], "cifar100")):
+        stage, = parse(["--teacher", "cifar100-teacher.pth", "--stage", "1", *more])
+        assert stage.config.dataset == name and stage.options.network["label_dim"] == 100
+    network = EDMPrecond(**CIFAR10.network | {"model_channels": 8, "num_blocks": 1})
+    torch.save(network.state_dict(), home / "my-cifar10.pth")
+    stage, = parse(["--teacher", "my-cifar10.pth", "--stage", "1"])
+    assert stage.config.dataset == "cifar10"
 
 
 # ---- Augmentation, warm-up, ramp-up ----

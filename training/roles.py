@@ -47,6 +47,9 @@ def load_teacher(config, options, device):
         raise UserError(f"--teacher {config.teacher} makes images of {made['img_resolution']} "
                         f"pixels and {made['img_channels']} channels, {config.dataset} has "
                         f"{wanted['img_resolution']} and {wanted['img_channels']}")
+    if made["label_dim"] not in (0, wanted["label_dim"]):
+        raise UserError(f"--teacher {config.teacher} is of {made['label_dim']} classes, "
+                        f"{config.dataset} has {wanted['label_dim']}")
     return opened
 
 

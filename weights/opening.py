@@ -100,8 +100,8 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
     else:
         network = from_rank_zero(lambda: load_network(source, cache))
         path = cache_folder(cache) / PUBLISHED[str(source)].name if published else Path(source)
-        known = next((name for name, one in DATASETS.items()
-                      if one.hint and one.hint in path.name), None)
+        own = dataset and dataset not in DATASETS and not published
+        known = dataset if own else hinted(path.name, network.config)
         if teacher or published or path.name.startswith("edm-") and not sigmas:
             refuse_sigmas(sigmas, source)
             levels = ()
@@ -123,6 +123,16 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
     names = told.get("class_names") or (DATASETS[known].class_names if known in DATASETS else ())
     return Opened(network, levels, known, path, bool(payload), tuple(names),
                   told.get("teacher", ""), base or pipeline)
+
+
+def hinted(name, network):
+    """The data set that a file's name tells of, where the network is of its images."""
+    def fits(images):
+        return (all(network[k] == images[k] for k in ("img_resolution", "img_channels"))
+                and network["label_dim"] in (0, images["label_dim"]))
+
+    return next((known for known, one in DATASETS.items()
+                 if one.hint and one.hint in name and fits(one.network)), None)
 
 
 def refuse_sigmas(sigmas, source, own=()):
