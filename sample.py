@@ -236,6 +236,8 @@ def class_name(names, number):
 
 def class_number(asked, names, classes):
     """Of a class by its number, as text, or by its name."""
+    if not classes:
+        raise UserError(f"class {asked}: this network has no classes")
     if asked in names and not asked.isdecimal():
         return names.index(asked)
     if not asked.isdecimal() or int(asked) >= classes:
@@ -290,8 +292,13 @@ def load(source, device="cpu"):
 
     def images(n=1, steps=None, seed=0, asked=None):
         """uint8 [n,C,H,W] of the seeds from `seed` on; asked: a class, or a prompt, for each."""
+        if n < 1 or steps is not None and steps < 1:
+            raise UserError(f"n is {n}, steps is {steps}: allowed: 1 or more")
         if asked is not None and len(asked) != n:
             raise UserError(f"asked for {len(asked)} things, n is {n}: one for each image")
+        if asked is not None and not opened.base:       # whole numbers of any kind, or names
+            asked = [class_number(str(one), opened.class_names, network.conditions.count)
+                     for one in (asked.tolist() if hasattr(asked, "tolist") else asked)]
         opened.network = network                        # not guided yet
         opened.ask(asked if opened.base else None, "asked", device)
         opened.guide(None)
