@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from weights import checkpoint  # noqa: E402
+from metrics import judge  # noqa: E402
 from training import log  # noqa: E402
 from base import errors  # noqa: E402
 import evaluate  # noqa: E402
@@ -188,8 +189,8 @@ def note_saves(path):
     """A line for every checkpoint that the run believes to be on the disk."""
     real = log.save_latest
 
-    def save_latest(folder, payload):
-        real(folder, payload)
+    def save_latest(folder, payload, again):
+        real(folder, payload, again)
         with open(path, "a") as file:
             file.write(f"{folder.name} {payload['iteration']}\n")
 
@@ -197,14 +198,32 @@ def note_saves(path):
 
 
 def die_after_saving(iteration):
+    """And its figures"""
     real = log.save_latest
 
-    def save_latest(folder, payload):
-        real(folder, payload)
-        if payload["iteration"] == iteration:
+    def save_latest(folder, payload, again):
+        real(folder, payload, again)
+        if payload["iteration"] == iteration and payload["fid"]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     log.save_latest = save_latest
+
+
+def die_at_scores(when):
+    """Killed while the first figures are made, or with them in metrics.jsonl and in no latest.pt"""
+    real = run_folder.Metrics.write
+
+    def write(metrics, **values):
+        real(metrics, **values)
+        if "passes" in values:
+            die()
+
+    def die(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    owner, name, deadly = {"made": (judge.Scorer, "score", die),
+                           "written": (run_folder.Metrics, "write", write)}[when]
+    setattr(owner, name, deadly)
 
 
 def full_disk(what, room):

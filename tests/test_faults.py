@@ -92,6 +92,17 @@ def test_a_run_killed_while_it_writes_a_checkpoint_loses_none_and_ends_the_same(
     assert not differences(outcome(tmp_path / "whole"), outcome(tmp_path / "killed"))
 
 
+@pytest.mark.parametrize("when", ["made", "written"])
+def test_a_run_killed_in_an_evaluation_goes_on_from_it_and_tells_its_figures_once(
+        teacher, whole, tmp_path, when):
+    argv = flags(teacher, tmp_path / "run", *STAGE_1)
+    command = Command("train", *argv, log=tmp_path / "killed", faults=[("die_at_scores", when)])
+    assert command.wait() == -9
+    said = finished("train", *argv, log=tmp_path / "resumed")
+    assert ended(said) == 4
+    assert not differences(whole, outcome(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("name", faults.SIGNALS)
 def test_a_stopped_run_saves_says_so_with_code_3_and_goes_on_exactly(
         teacher, whole, tmp_path, name):

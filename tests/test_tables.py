@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from base.errors import UserError
-from experiments import digits_tables, recorded_runs, tables
+from experiments import digits_tables, emoji_tables, recipes, recorded_runs, tables
 from helpers import call
 from presets.config import Config
 from training import options
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDED = sorted(p.parent for p in (ROOT / tables.PLAN.kept).rglob("evaluation.json"))
+RECORDED = [(plan, p.parents[1].name, int(p.parent.name.removeprefix("seed")))
+            for plan in (tables.PLAN, emoji_tables.PLAN, *recipes.PLANS.values())
+            for p in sorted((ROOT / plan.kept).glob("*/*/evaluation.json"))
+            if p.with_name("config.json").exists()]             # what is trained
 DEFAULTS = json.loads(json.dumps(vars(Config())))
 TEXT = (ROOT / "docs" / "RESULTS.md").read_text()
 
@@ -63,16 +66,18 @@ def test_rows_that_are_compared_differ_by_their_flags_alone(monkeypatch, tmp_pat
     assert differing("dmd-sigma", "dmd") == differing("dmd-sigma3", "dmd") == {"dm_weighting"}
 
 
-@pytest.mark.parametrize("folder", RECORDED, ids=lambda p: f"{p.parent.name}-{p.name}")
-def test_a_record_is_of_its_command(folder):
-    name, seed = folder.parent.name, int(folder.name.removeprefix("seed"))
+@pytest.mark.parametrize("plan, name, seed", RECORDED, ids=lambda x: str(getattr(x, "kept", x)))
+def test_a_record_is_of_its_command(plan, name, seed):
+    folder = ROOT / plan.record(name, seed, "")
     commands = (folder / "commands.txt").read_text().splitlines()
-    assert commands == tables.commands(tables.PLAN, name, seed)
+    assert commands == plan.commands(plan, name, seed)
     (_, config, _), = options.parse(shlex.split(commands[0])[2:])
     recorded = json.loads((folder / "config.json").read_text())["config"]
-    assert json.loads(json.dumps(vars(config))) == DEFAULTS | recorded  # of fields that came later
-    assert tables.PLAN.score(name, seed) > 0
-    assert 0 < tables.PLAN.score(name, seed, 1, "right_class") <= 1
+    saves = {"save_every": config.save_every}                   # which no figure depends on
+    now = json.loads(json.dumps(vars(config)))
+    assert now == DEFAULTS | recorded | saves                   # of fields that came later
+    assert plan.score(name, seed) > 0
+    assert 0 < plan.score(name, seed, 1, plan.share) <= 1
 
 
 def test_the_tables_leave_out_no_run():

@@ -150,7 +150,7 @@ class Log:
         self.writes = distributed.rank() == 0
         if self.writes:                                 # nothing refuses this run any more
             write_config(self.folder, config, options)
-            self.metrics = Metrics(self.folder, before.iterations)
+            self.metrics = Metrics(self.folder, before.iterations, before.unscored)
         self.clock, self.last = Clock(config.batch, before.seconds), before.iterations
         self.bar = progress(total=config.iterations, initial=before.iterations,
                             desc=f"stage {config.stage}", unit="it")
@@ -215,6 +215,8 @@ class Log:
     def save(self, roles, optimizers, done, score=False):
         if self.unread:
             self.read()                                 # nothing that is not finite is saved
+        if score:                                       # it may take hours: first without
+            self.save(roles, optimizers, done)
         self.clock.pause()
         scores = {}
         if score:
@@ -238,12 +240,13 @@ class Log:
                                    seconds=round(self.clock.all, 1), **flat)
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
-        if together and (scores or not self.scorer or of_text(roles)):
+        drawn = not score if of_text(roles) else score or not self.scorer
+        if together and drawn:
             save_samples(roles, self.config.sigmas, self.folder / "samples" / f"{done:06d}.png",
                          self.device)
         if self.writes:
             self.show()
-            save_latest(self.folder, latest)            # last: what it knows of is on the disk
+            save_latest(self.folder, latest, again=score)   # last: what it knows of is on the disk
         distributed.barrier()
         self.clock.go_on()
 

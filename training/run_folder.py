@@ -93,11 +93,12 @@ def drop_unused(folder, made):
 
 
 class Metrics:
-    """metrics.jsonl, a line at a time; lines after a resumed checkpoint are dropped."""
+    """metrics.jsonl, a line at a time; what a resumed checkpoint knows nothing of is dropped."""
 
-    def __init__(self, folder, start):
+    def __init__(self, folder, start, unscored=False):
         self.path = folder / "metrics.jsonl"
-        lines = [line for line in read_metrics(self.path) if line["iteration"] < start]
+        lines = [line for line in read_metrics(self.path) if line["iteration"]
+                 < start - (unscored and "passes" in line)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(self.path, lambda temporary: temporary.write_text(text))
 

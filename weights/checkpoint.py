@@ -118,8 +118,10 @@ def is_dense(tensor):
             and tensor.nbytes <= tensor.untyped_storage().nbytes())
 
 
-def save_latest(folder, payload):
-    """Keep the last two: latest.pt becomes previous.pt."""
+def save_latest(folder, payload, again=False):
+    """Keep the last two: latest.pt becomes previous.pt, unless this is the same iteration again."""
+    if again:
+        return save(Path(folder) / "latest.pt", payload)
     fresh = Path(folder) / "newest.pt"
     if fresh.exists() and undamaged(fresh):     # a crash came between its save and its renames
         promote(fresh)
