@@ -80,6 +80,7 @@ class Pictures(Images):
         super().__init__(str(path), (3, size, size), np.zeros(len(names), np.int64),
                          lambda number: cut(decode(path, names[number], read_bytes), size), 0)
         self.captions = captions_of(path, names, set(found), read_bytes) if captioned else None
+        self.order = hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def open_captioned(source, size):

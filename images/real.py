@@ -43,6 +43,7 @@ class Images(ByNumber):
     """uint8 images [C,H,W] with classes; `read(index)` gives one image of a folder or zip."""
 
     to_x = staticmethod(from_uint8)
+    order = ""                              # a hash of the files' names in order, where that counts
 
     def __init__(self, name, shape, labels, read, classes, class_names=()):
         self.class_names = tuple(class_names)

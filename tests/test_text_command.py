@@ -320,13 +320,12 @@ def test_dmd_learns_the_guided_teachers_own_pictures(run, here, vgg, tmp_path):
     assert possible.min() > 0 and (possible / found - 1).abs().min() < 1e-3
 
 
-def test_pictures_with_captions_are_the_same_in_every_form(run, here, trained, tmp_path):
+def test_pictures_with_captions_are_the_same_in_every_form(run, here, trained, tmp_path, capsys):
     """DMD2's GAN: latents that the VAE draws of each picture, kept, and its caption's embedding."""
-    rows = {}
+    rows, gan = {}, ("--method", "dmd2", "--variant", "gan", "--start-from",
+                     trained / "stage1" / "best.pt", "--iterations", 1)
     for name in ("told", "told.zip", "beside", "beside.zip"):
-        assert run("--method", "dmd2", "--variant", "gan", "--start-from",
-                   trained / "stage1" / "best.pt", "--data", name, "--iterations", 1,
-                   "--folder", tmp_path / name) == 0
+        assert run(*gan, "--data", name, "--folder", tmp_path / name) == 0
         path, = (tmp_path / name / "stage1" / "latents").glob("*.npy")
         rows[name] = np.load(path)["latent"]
         line, = lines_of(tmp_path / name)
@@ -340,6 +339,14 @@ def test_pictures_with_captions_are_the_same_in_every_form(run, here, trained, t
     latent = Pipeline(here / "pipeline").encode(pixels, torch.Generator().manual_seed(3))
     assert np.array_equal(latent[0].half().numpy(), rows["told"][3])
     assert set(latest(tmp_path / "told" / "stage1")["head"]) > {"layers.0.weight"}
+    # In another order the latents kept would have the captions of other pictures.
+    renamed, again = shutil.copytree(here / "beside", tmp_path / "renamed"), tmp_path / "again"
+    assert run(*gan, "--data", renamed, "--folder", again) == 0
+    last = max(path.stem for path in renamed.iterdir())
+    for path in [*renamed.glob(f"{last}.*")]:
+        path.rename(path.with_stem("0"))
+    assert run(*gan, "--data", renamed, "--folder", again) == 2
+    assert "latents was made with" in capsys.readouterr().err
 
 
 def test_grids_show_what_dm_compares(here, trained, monkeypatch, tmp_path):

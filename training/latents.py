@@ -39,6 +39,7 @@ def latents_of(source, opened, network, folder, device, stop):
             row["latent"] = pipeline.encode(pixels, generator)[0].cpu().half().numpy()
         return rows
 
-    about = dict(source=str(source), count=len(images), size=pipeline.size, pipeline=opened.base)
+    about = dict(source=str(source), count=len(images), order=images.order, size=pipeline.size,
+                 pipeline=opened.base)
     rows = made_once(folder / "latents", about, len(images), PART, make, "latents", stop)
     return Latents(rows, pipeline.conditions(images.captions, network))
