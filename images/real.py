@@ -200,10 +200,11 @@ def decode(path, name, read_bytes):
 
 
 def read_labels(path, names, read_bytes):
-    """Classes [N] from dataset.json, in the order of names, None where it says null; and what it
-    calls them, where it has "classes": [name, ...] too."""
+    """Classes [N] from dataset.json, in the order of names, None where it says null or captions;
+    and what it calls them, where it has "classes": [name, ...] too."""
     told, class_names = listed(path, names, read_bytes)
-    if told is None:
+    if told is None or told and all(type(label) is str and not label.isdigit()
+                                    for label in told.values()):
         return None, ()
     for name in names:
         label = told.get(slashed(name))

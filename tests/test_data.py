@@ -214,7 +214,9 @@ def test_a_folder_and_a_zip_hold_the_same_images_and_classes_in_the_order_of_nam
 
 
 def test_images_without_classes_count_none_and_give_zeros(tmp_path):
-    for i, more in enumerate(({}, {"dataset.json": b'{"labels": null}'})):
+    captions = labels_json([[name, "a red fox"] for name in NAMES])
+    for i, more in enumerate(({}, {"dataset.json": b'{"labels": null}'},
+                              {"dataset.json": captions})):
         for path in both(tmp_path, f"set{i}", FILES | more):
             images = real.open_images(str(path))
             assert images.classes == 0 and images.take([1, 2])[1].tolist() == [0, 0]
