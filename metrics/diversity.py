@@ -5,6 +5,7 @@ from itertools import combinations
 import torch
 
 from base import distributed
+from base.devices import full_precision
 from base.distributed import from_rank_zero
 from base.files import file_digest, shown
 from fid import all_reduce
@@ -37,7 +38,8 @@ class Diversity:
         """Between all pairs of [B,C,H,W]."""
         x = from_uint8(images)
         first, second = map(list, zip(*combinations(range(len(x)), 2)))
-        return self.distance(x[first], x[second]).mean()
+        with full_precision(x.device.type):
+            return self.distance(x[first], x[second]).mean()
 
     def protocol(self):
         return (f"diversity: mean LPIPS (VGG) between {IMAGES} images of each prompt of "

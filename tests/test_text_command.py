@@ -218,6 +218,16 @@ def test_compare_shows_the_students_own_teacher_without_being_told(trained, monk
     assert picture.width > 4 * 129                      # teacher, 1, 2, 3 steps; captions
 
 
+def test_a_students_pipeline_is_the_teacher_of_a_name_of_ones_own(
+        here, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(here)
+    assert call(monkeypatch, train, "--dataset", "mine", "--teacher", "pipeline", "--prompts",
+                "prompts.txt", *FAST, "--stage", 1, "--folder", tmp_path / "mine-pmdd") == 0
+    assert call(monkeypatch, sample, "--runs", tmp_path, "--dataset", "mine", "--heun", 2,
+                "--prompt", *PROMPTS, "--out", tmp_path / "teacher.png") == 0
+    assert "pipeline (teacher)" in capsys.readouterr().out
+
+
 # ---- Every method and flag. ----
 
 def test_guidance_is_what_the_first_loss_says(run, here, tmp_path):

@@ -255,13 +255,18 @@ def open_student(args, steps=0):
 
 
 def open_teacher(args, student=None):
-    """--teacher FILE; else the student's own, or without a student --checkpoint."""
-    source = args.teacher if isinstance(args.teacher, str) else None
-    if student and student.base and not source:
-        opened = open_pipeline(student.base, student.dataset)
+    """--teacher FILE; else the student's own, or without a student --checkpoint; of a data set of
+    the user's its stage 0, else what its newest student was made from."""
+    source, made = args.teacher if isinstance(args.teacher, str) else None, student
+    if not (source or student):
+        stage0 = Path(args.runs) / f"{args.dataset}-pmdd" / "stage0" / "best.pt"
+        own = args.dataset and args.dataset not in DATASETS
+        source = args.checkpoint or (stage0 if own and stage0.is_file() else None)
+        made = open_student(args) if own and not source else None
+    if made and made.base and not source:
+        opened = open_pipeline(made.base, made.dataset)
     else:
-        source = source or (teacher_of(student) if student else args.checkpoint)
-        source = source or own_teacher(args) or default_teacher(args.dataset or "digits")
+        source = source or (teacher_of(made) if made else default_teacher(args.dataset or "digits"))
         opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
     if opened.sigmas:
         raise UserError(f"{opened.name} is a student of {len(opened.sigmas)} steps, not a teacher; "
@@ -270,14 +275,6 @@ def open_teacher(args, student=None):
         refuse_sigmas(args.sigmas, opened.name)
     say(f"{opened.name} (teacher)")
     return opened
-
-
-def own_teacher(args):
-    """Of a data set of the user's: its stage 0, else what its newest student was made from."""
-    if args.dataset is None or args.dataset in DATASETS:
-        return None
-    stage0 = Path(args.runs) / f"{args.dataset}-pmdd" / "stage0" / "best.pt"
-    return stage0 if stage0.is_file() else teacher_of(open_student(args))
 
 
 def teacher_of(student):
