@@ -947,6 +947,12 @@ def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path,
     assert "student updates: 20" in out and "adapted updates: 100" in out
     assert "images generated: 800" in out and "memory, all tensors of one process" in out
     assert "learning_rate: 0.001" in out and not any(tmp_path.iterdir())
+    network = checkpoint.network_from(checkpoint.load(teacher), source=teacher)
+    weights = sum(x.numel() for x in network.parameters())
+    train.main(flags(teacher, tmp_path, "--dataset", "digits", "--stage", "1", "--dry-run"))
+    for said in (out, capsys.readouterr().out):                         # not those of digits' own
+        assert f"parameters of the network: {weights:,}\n" in said
+
     def whole(out):
         return [line for line in out.splitlines() if "parameters" in line or "disk space" in line]
 

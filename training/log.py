@@ -240,12 +240,12 @@ class Log:
                                    seconds=round(self.clock.all, 1), **flat)
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
+                self.show()
         drawn = not score if of_text(roles) else score or not self.scorer
         if together and drawn:
             save_samples(roles, self.config.sigmas, self.folder / "samples" / f"{done:06d}.png",
                          self.device)
         if self.writes:
-            self.show()
             save_latest(self.folder, latest, again=score)   # last: what it knows of is on the disk
         distributed.barrier()
         self.clock.go_on()
