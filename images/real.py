@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from base.distributed import say
 from base.download import fetch
 from base.errors import UserError
 from base.files import ASSETS
@@ -203,8 +204,11 @@ def read_labels(path, names, read_bytes):
     """Classes [N] from dataset.json, in the order of names, None where it says null or captions;
     and what it calls them, where it has "classes": [name, ...] too."""
     told, class_names = listed(path, names, read_bytes)
-    if told is None or told and all(type(label) is str and not label.isdigit()
-                                    for label in told.values()):
+    if told and not class_names and all(type(label) is str and not label.isdigit()
+                                        for label in told.values()):
+        say(f"{path}: dataset.json has captions, which are no classes: taken as having none")
+        told = None
+    if told is None:
         return None, ()
     for name in names:
         label = told.get(slashed(name))

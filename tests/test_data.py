@@ -226,6 +226,8 @@ def test_images_without_classes_count_none_and_give_zeros(tmp_path):
     (labels_json([[n, 0] for n in NAMES[:-1]]), "gives z.webp the class None"),
     (labels_json([[n, -1] for n in NAMES]), "the class -1; allowed: whole numbers from 0"),
     (labels_json([[n, "2"] for n in NAMES]), "the class '2'"),
+    (json.dumps({"labels": [[n, "cat"] for n in NAMES], "classes": ["cat", "dog"]}).encode(),
+     "the class 'cat'"),
     (labels_json([[n, True] for n in NAMES]), "the class True"),
     (labels_json([[n, 1.0] for n in NAMES]), "the class 1.0"),
     (labels_json([[n, [0, 1]] for n in NAMES]), "the class [0, 1]"),

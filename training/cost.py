@@ -2,16 +2,20 @@
 
 import itertools
 import math
+import os
 from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from base.files import ROOT
 from metrics.judge import HEUN_STEPS
 from training.draws import steps_trained
 from training.plan import How, by_gpus, disk, process_memory, rehearsed
 from training.rehearsal import Rehearsal, Remembered, one_image, shapes_alone
+from training.roles import check_teacher, load_teacher
+from weights.pipeline import teacher_configuration
 
 GPUS = (2, 3, 4, 8, 64)                 # for which a plan of text to image says what one takes
 TERAFLOPS = 40                          # a second of one GPU, at which hours are said; measured
@@ -91,9 +95,21 @@ def totals(config, counted):
 
 # ---- What --dry-run prints ----
 
+def network_of(config, options):
+    """The teacher's own where it is here, and a UserError as of the run; else the data set's."""
+    here = [path for path in (config.teacher, ROOT / config.teacher) if os.path.exists(path)]
+    if not (config.stage and here):
+        return options.network
+    if "unet" in options.network and os.path.exists(os.path.join(here[0], "model_index.json")):
+        return teacher_configuration(here[0])
+    network = load_teacher(config, options, torch.device("cpu")).network
+    check_teacher(config, network)
+    return network.config
+
+
 def report(iterate, stage):
     config, options = stage.config, stage.options
-    network = options.network
+    network = network_of(config, options)
     parts = config.batch // options.world_size // options.batch_per_gpu
     how = How(options.batch_per_gpu, options.world_size, options.precision, options.shard,
               options.recompute, options.ema_on_host)

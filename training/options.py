@@ -253,10 +253,14 @@ def options(args, config, subject):
     if args.prompts and "unet" not in subject.network:
         raise UserError(f"--prompts: {config.dataset} has no text; it is for text to image, such "
                         "as --dataset sd15")
+    classes = "unet" in subject.network or subject.network["label_dim"]
+    if config.guidance != 1 and not classes:
+        raise UserError(f"--guidance {config.guidance:g}: {config.dataset} has no classes or "
+                        "prompts")
     if config.augment and not subject.network.get("augment_dim"):
         raise UserError(f"--augment {config.augment:g}: the network of {config.dataset} has no "
                         "input for it (augment_dim)")
-    if config.caption_dropout and not ("unet" in subject.network or subject.network["label_dim"]):
+    if config.caption_dropout and not classes:
         raise UserError(f"--caption-dropout {config.caption_dropout:g}: {config.dataset} has no "
                         "captions or classes to leave out")
     if args.shard and world_size == 1 and not args.dry_run:

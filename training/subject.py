@@ -28,8 +28,7 @@ class Subject(NamedTuple):
 def subject_of(args):
     """A known name wins; else the teacher says, the images of a stage 0, or the run's stage 0."""
     stage0 = made_here(args)
-    planned = args.dry_run and args.teacher and os.path.exists(args.teacher)    # by its own network
-    if args.dataset in DATASETS and not planned:
+    if args.dataset in DATASETS:
         return known(args.dataset, args.teacher or stage0 or DATASETS[args.dataset].teacher)
     if args.stage == 0 and args.data and not args.teacher:
         return of_images(args)
@@ -66,7 +65,7 @@ def of_teacher(args, source):
     opened = open_network(found, teacher=True, cache=args.cache)
     name = args.dataset or opened.dataset or Path(source).stem
     if name in DATASETS:
-        return known(name, source)._replace(network=opened.network.config)
+        return known(name, source)
     return Subject(name, opened.network.config, source, opened.class_names)
 
 
