@@ -44,6 +44,10 @@ from weights.opening import open_student, open_teacher, steps_text
 ROUNDING = "uint8 of x * 127.5 + 128, clipped to 0..255, truncated (EDM)"
 LABELS = {"random": "random, from each image's seed", "balanced": "balanced, seed modulo classes"}
 
+OF_NETWORKS = dict(checkpoint=None, teacher=None, steps=None, heun=None, repeats=1, prompts=None,
+                   coco=None, guidance=None, sigmas=None, base=None, churn=[0.0], labels="random",
+                   precision="fp32", compile=False)
+
 
 def parse(argv=None):
     parser = Parser(prog="evaluate.py", description=__doc__)
@@ -118,12 +122,9 @@ def check(args):
                 raise UserError(f"--{name} {value}: must be {least} to {LARGEST_NUMBER:,}")
         if name in ("steps", "heun") and given:
             setattr(args, name, list(dict.fromkeys(given)))         # each once
-    if args.images and (args.steps or args.heun or args.checkpoint or args.teacher
-                        or args.repeats > 1):
-        raise UserError("--images has no seeds or steps: leave out --checkpoint, --teacher, "
-                        "--steps, --heun and --repeats")
-    if args.images and (args.prompts or args.coco or args.guidance is not None):
-        raise UserError("--images are made already: leave out --prompts, --coco and --guidance")
+    for name, default in OF_NETWORKS.items() if args.images else ():
+        if getattr(args, name) != default:
+            raise UserError(f"--{name}: --images are made already; leave it out")
     if args.repeats * (args.n or 50_000) > SEEDS:
         raise UserError(f"--repeats {args.repeats}: its seeds go beyond {SEEDS - 1:,}, from where "
                         "on torch draws the same images again")
@@ -236,10 +237,13 @@ def network_job(opened, sampler, what, sampling, asked, args, device):
 
 def images_job(args):
     path, captions, said = Path(args.images), None, "none"
-    if args.clip or args.dataset == "emoji":
+    npz = path.suffix == ".npz"
+    if npz and args.clip:
+        raise UserError(f"--clip: {path} has no captions, as no npz has; give a folder or zip")
+    if args.clip or args.dataset == "emoji" and not npz:
         images = open_captioned(args.images, args.side or side_of(args.dataset, True) or SIDE)
         captions, said = images.captions, "captions of the files"
-    elif path.suffix == ".npz":
+    elif npz:
         images = open_npz(path)
     elif args.side:
         images = Pictures(path, args.side)
@@ -257,10 +261,8 @@ def images_job(args):
         pixels, labels = images.take(indices)
         return [pixels], labels if images.classes else torch.tensor(indices) if captions else None
 
-    def blocks(indices):
-        return [indices[k:k + 64] for k in range(0, len(indices), 64)]
-
-    return Job([("images", 0)], images.shape, args.dataset, task, [protocol], n, blocks, path,
+    return Job([("images", 0)], images.shape, args.dataset, task, [protocol], n,
+               lambda indices: [indices[k:k + 64] for k in range(0, len(indices), 64)], path,
                captions=captions, classes=images.classes)
 
 

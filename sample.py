@@ -24,6 +24,7 @@ from images.captioned import KINDS, prompts_for
 from images.emoji import SHOWN
 from images.from_seeds import choose_classes, every_step, heun, prepare, sample_block, seed_blocks
 from images.pictures import comparison, grid, save_png
+from images.prompts import whole
 from images.sets import check_out, kind_of, write_folder, write_npz, write_zip
 from metrics.judge import HEUN_STEPS
 from models import SEEDS, sample_student
@@ -83,7 +84,7 @@ def check(args):
     if args.steps and (args.teacher or args.heun):
         raise UserError("--steps is for a student; a teacher takes --heun")
     check_shared(args)
-    args.all_prompts = args.prompt or args.prompts and prompts_for(
+    args.all_prompts = [*map(whole, args.prompt or ())] or args.prompts and prompts_for(
         args.dataset, args.prompts, len(SHOWN))
     args.kind = kind_of(args.out)
     choose_images(args)

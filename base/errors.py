@@ -61,6 +61,8 @@ def explained(error):
     if lost_another(error):
         return 1, (f"error in process {os.environ['RANK']}: another process of this run is gone or "
                    "cannot be reached; what was saved last is good, the same command goes on")
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return 1, f"error: --compile: {str(error).strip().splitlines()[0]}; leave out the flag"
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, BrokenPipeError):                  # of `train.py --dry-run | head`

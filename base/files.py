@@ -70,13 +70,21 @@ def write_atomically(path, write):
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:    # the latter is torch's zip writer on a full disk
-        if out_of_memory(error):
-            raise
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [repr(error)])[0]
+    except OSError as error:
+        reason = error.strerror or (str(error).splitlines() or [repr(error)])[0]
         left = ("what was there before is intact" if path.parent.exists() else
                 f"{path.parent} is gone")
         raise RunFailed(f"cannot write {path}: {reason}; {left}") from error
+
+
+def save_tensors(content, path):
+    """torch.save, which of a full disk says no more than that its zip writer failed."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from PIL import Image
 from base.errors import UserError
 from base.files import file_digest, shown
 from images import emoji
-from images.prompts import read_prompts
+from images.prompts import read_prompts, whole
 from images.real import (Images, decode, emoji_pictures, is_image, listed, open_files, slashed)
 
 COCO_CAPTIONS, COCO_PICTURES = "annotations/captions_val2014.json", "val2014"
@@ -105,7 +105,7 @@ def captions_of(path, names, found, read_bytes):
         raise UserError(f"{path}: {len(missing)} of {len(names)} pictures have no caption, "
                         f"{missing[0]} is the first; wanted: dataset.json with {{\"labels\": "
                         "[[name, caption], ...]}, or a .txt beside each")
-    return [told[name] for name in names]
+    return [whole(told[name]) for name in names]
 
 
 def coco_captions(folder):
@@ -120,7 +120,8 @@ def coco_captions(folder):
     try:
         for one in sorted(json.loads(path.read_text("utf-8"))["annotations"],
                           key=lambda one: one["id"]):
-            told.setdefault(int(one["image_id"]), []).append(one["caption"].strip())
+            told.setdefault(int(one["image_id"]), []).append(
+                whole(one["caption"].strip()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} holds no captions as COCO's does: {error!r}") from None
     return [(f"COCO_val2014_{image:012d}.jpg", told[image][draw.randint(len(told[image]))])

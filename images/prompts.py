@@ -48,4 +48,9 @@ def prompt(path, number, entry):
     if entry is not None and type(entry) is not str:
         raise UserError(f"{path}: prompt {number} is {str(entry)[:60]!r}; allowed: a text, or an "
                         f"object with a {', '.join(KEYS[:-1])} or {KEYS[-1]}")
-    return entry or ""
+    return whole(entry or "")
+
+
+def whole(text):
+    """Half a character, as of a caption that was cut within one, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()

@@ -72,7 +72,7 @@ def write_npz(path, blocks, count):
 
 def write_folder(path, blocks):
     """A PNG named after each number, and dataset.json."""
-    names, labels = [], []
+    path, names, labels = path.resolve(), [], []        # of a link what it points to
     try:
         with hidden_beside(path, folder=True) as temporary:
             for numbers, (images,), classes in blocks:
@@ -149,6 +149,8 @@ def check_out(path, kind, force):
     if path.is_dir() != (kind == "folder") and path.exists():
         raise UserError(f"--out {path} is {'a folder' if path.is_dir() else 'a file'}; "
                         "choose another name")
+    if os.path.ismount(path):
+        raise UserError(f"--out {path} is the top of a disk; name a folder in it")
     if kind == "folder" and path.exists():
         others = {p.name for p in path.iterdir()} - set(sampled(path))
         if others:

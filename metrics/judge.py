@@ -125,6 +125,10 @@ class Judge:
         if not (reference or has_reference(dataset)):
             raise UserError("no reference is known for these images: give "
                             + ("" if side else "--dataset or ") + "--reference" + how)
+        if not reference and dataset not in OWN and (side or resize != "tf1"):
+            raise UserError(f"the published reference of {dataset} is of whole images, resized as "
+                            "TensorFlow 1 does: leave out --side and --resize, or give --reference"
+                            + how)
         self.path = reference or find_reference(DATASETS[dataset].reference, cache)
         if not Path(self.path).is_file():
             raise UserError(f"no reference at {self.path}" + how)
@@ -140,6 +144,8 @@ class Judge:
         if not Path(path).is_file():
             raise UserError(f"--patch-fid {path}: no such file; python fid.py --data PICTURES "
                             f"--patch --out {path} makes one")
+        if self.network.share:
+            raise UserError("--patch-fid is for Inception; these have a network of their own")
         self.patches = read_reference(path, self.network.dimensions, side=PATCH)
         self.patches_path = path
 

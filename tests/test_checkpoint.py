@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import random
@@ -11,7 +12,9 @@ import struct
 import subprocess
 import sys
 import zipfile
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +22,7 @@ from base import files
 from base.errors import RunFailed, UserError
 from experiments import make_assets
 from helpers import small_network
+from images import sets
 from weights import checkpoint
 from weights.checkpoint import DamagedCheckpoint, load, load_latest, save, save_latest
 
@@ -348,13 +352,15 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"),
-                                   OSError(errno.EDQUOT, "Disk quota exceeded"),
-                                   RuntimeError("[enforce fail at inline_container.cc:664] . x\ny"),
-                                   RuntimeError()])
-@pytest.mark.parametrize("name", ["torch.save", "os.fsync", "os.replace"])
+FULL = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Quota exceeded")
+ZIP_WRITER = RuntimeError("[enforce fail at inline_container.cc:664] . x\ny"), RuntimeError()
+
+
+@pytest.mark.parametrize("name, error", [
+    *itertools.product(("torch.save", "os.fsync", "os.replace"), FULL),
+    *(("torch.save", error) for error in ZIP_WRITER)])
 def test_a_write_that_fails_ends_the_run_with_the_old_files_intact(
-        tmp_path, monkeypatch, error, name):
+        tmp_path, monkeypatch, name, error):
     save_latest(tmp_path, payload(1))
     save_latest(tmp_path, payload(2))
     before = contents(tmp_path)
@@ -371,6 +377,18 @@ def test_a_write_that_fails_ends_the_run_with_the_old_files_intact(
     assert "\n" not in str(caught.value) and intact(tmp_path, before)
     save_latest(tmp_path, payload(3))
     assert iteration_of(tmp_path) == 3
+
+
+def test_an_error_of_what_is_drawn_is_not_the_disks(tmp_path):
+    def blocks():
+        yield [0], [np.zeros((1, 1, 8, 8), np.uint8)], None
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for name, write in (("a.zip", sets.write_zip), ("a.npz", partial(sets.write_npz, count=2)),
+                        ("a", sets.write_folder)):
+        with pytest.raises(RuntimeError, match="^CUDA error"):
+            write(tmp_path / name, blocks())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rename_that_fails_leaves_the_new_checkpoint_where_a_resumed_run_finds_it(

@@ -13,12 +13,14 @@ import torch
 import evaluate
 import sample
 from base import files
+from base.errors import UserError
 from helpers import call, in_ranks, save_student, small_network
 from images.real import open_images
 from metrics import evaluations, judge
 from metrics.digits_classifier import load_digits_network
 from models import sample_heun, sample_seeds, sample_student, to_uint8
 from presets.datasets import PMDD_SIGMAS
+from weights import checkpoint
 
 
 @pytest.fixture
@@ -255,6 +257,12 @@ def test_the_table_shows_the_records_and_their_protocols(tmp_path, monkeypatch, 
 
 # ---- What is refused ----
 
+def test_a_published_reference_is_held_against_figures_that_are_made_as_it_was():
+    for how in ({"resize": "clean"}, {"side": 64}, {"side": 64, "resize": "tf1"}):
+        with pytest.raises(UserError, match="leave out --side and --resize, or give --reference"):
+            judge.Judge("cifar10", "cpu", **how)
+
+
 BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--checkpoint student.pt --heun 2", "--checkpoint teacher.pt --steps 1",
        "--checkpoint student.pt --n 1", "--repeats 0",
@@ -270,7 +278,11 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--checkpoint student.pt --precision-recall --data colour",
        "--images colour --dataset digits", "--checkpoint student.pt --out good",
        "--checkpoint student.pt --out good --force", "--n 100000001",
-       "--churn -1", "--churn 40 0.05", "--churn nan"]
+       "--churn -1", "--churn 40 0.05", "--churn nan", "--images good --sigmas 3",
+       "--images good --churn 40", "--images good --labels balanced", "--images good --compile",
+       "--images good --precision bf16", "--images good --base pipeline",
+       "--images good.npz --dataset digits --clip", "--checkpoint student.pt --patch-fid patch.npz",
+       "--checkpoint student.pt --teacher teacher.pt", "--checkpoint moved.pt --steps 1 --heun 2"]
 
 
 def fill(folder, *images):
@@ -290,6 +302,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(student, monkeypatch, c
     save_student(Path("colour.pt"), img_channels=3, dataset="unheard-of")
     np.savez("small.npz", mu=np.zeros(3), sigma=np.eye(3))
     np.savez("pickled.npz", arr_0=np.array([{}], dtype=object), mu=np.array([{}], dtype=object))
+    np.savez("patch.npz", mu=np.zeros(128), sigma=np.eye(128))
+    np.savez("good.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8))
+    moved = checkpoint.load("student.pt") | {"teacher": "moved/teacher.pt"}
+    checkpoint.save(Path("moved.pt"), moved)
     Path("foreign.json").write_text("{}")
     fill("one", (8, 8))
     fill("good", *[(8, 8)] * 3)

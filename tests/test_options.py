@@ -528,7 +528,9 @@ def test_no_command_line_ends_in_a_traceback():
 
 @pytest.mark.parametrize("raised, code, said", [
     (UserError("wrong\nflag"), 2, "error: wrong flag\n"), (RunFailed("full"), 1, "error: full\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n")])
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+    (torch._inductor.exc.InvalidCxxCompiler(), 1, "error: --compile: No working C++ compiler found "
+     "in torch._inductor.config.cpp.cxx: (None, 'g++'); leave out the flag\n")])
 def test_a_program_leaves_with_one_line_and_the_code_that_it_promises(capsys, raised, code, said):
     def main():
         raise raised

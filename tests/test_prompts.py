@@ -36,6 +36,11 @@ def test_a_text_file_has_one_prompt_a_line(tmp_path):
     assert read_prompts(tmp_path / "a.txt") == ["a cat", "two\u2028dogs"]
 
 
+def test_half_a_character_is_replaced_which_no_tokenizer_takes(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"caption": "a fox \\ud83e"}\n"\\ud83e\\udd8a"')
+    assert read_prompts(tmp_path / "a.jsonl") == ["a fox ?", "\U0001f98a"]
+
+
 def test_a_list_as_long_as_no_network_is_read(tmp_path):
     prompts = [f"caption {i} of an ordinary length, one of many" for i in range(300_000)]
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(prompts))

@@ -22,7 +22,7 @@ from images import from_seeds, sets
 from images.real import open_images
 from models import sample_heun, sample_seeds, sample_student, to_uint8
 from presets.datasets import PMDD_SIGMAS
-from weights import opening
+from weights import checkpoint, opening
 from weights.pretrained import load_network
 
 CPU = torch.device("cpu")
@@ -266,7 +266,7 @@ def test_compare_shows_the_teacher_and_every_number_of_steps_of_one_noise(studen
     assert call(monkeypatch, sample, *flags, "--compare", "--teacher", "teacher.pt") == 0
     picture = np.array(Image.open("digits-compare.png"))
     cells = picture[1::49, -(5 * 49 + 1):][:4, 1::49][:, :5]    # a corner pixel of each image
-    sources = [["--teacher", "teacher.pt", "--checkpoint", "student.pt"]] + [
+    sources = [["--teacher", "teacher.pt"]] + [
         ["--checkpoint", "student.pt", "--steps", k] for k in (1, 2, 3)]
     for row, source in enumerate(sources):
         assert call(monkeypatch, sample, *source, "--n", 5, "--out", f"{row}.npz") == 0
@@ -291,7 +291,9 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--churn -1", "--churn 40 0.05", "--churn 1 2 3 4 5", "--churn nan", "--churn inf",
        "--churn 40 0.05 50 -1", "--churn", "--guidance -1", "--guidance nan",
        "--checkpoint student.pt --churn 5", "--checkpoint teacher.pt --teacher --sigmas 2",
-       "--out . --force", "--grid 2x2 --prompt a b"]
+       "--out . --force", "--grid 2x2 --prompt a b", "--out /proc --force",
+       "--checkpoint student.pt --teacher teacher.pt", "--teacher --base pipeline",
+       "--checkpoint moved.pt --compare"]
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -299,6 +301,8 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(student, monkeypatch, c
     damaged = bytearray(Path("student.pt").read_bytes())
     damaged[5000] ^= 1
     Path("damaged.pt").write_bytes(damaged)
+    moved = checkpoint.load("student.pt") | {"teacher": "moved/teacher.pt"}
+    checkpoint.save(Path("moved.pt"), moved)
     Path("here.zip").write_bytes(b"kept")
     Path("taken").mkdir()
     Path("taken/letter.txt").write_text("kept")

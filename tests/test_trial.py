@@ -130,6 +130,14 @@ def test_force_leaves_a_data_set_alone_whose_dataset_json_lists_its_images(drawn
     assert drawn("--force")[0] == 2 and Path("images/000000.png").read_bytes() == b"mine"
 
 
+def test_a_folder_that_is_a_link_stays_one(drawn):
+    Path("images").rename("elsewhere")
+    Path("images").symlink_to("elsewhere")
+    assert drawn("--force", "--n", 3)[0] == 0 and Path("images").is_symlink()
+    assert sorted(path.name for path in Path("elsewhere").iterdir()) == [
+        *(f"{k:06d}.png" for k in range(3)), "dataset.json"]
+
+
 def test_what_came_into_the_folder_meanwhile_and_what_lies_outside_it_survive(drawn):
     def blocks():
         Path("images/late.png").write_bytes(b"mine")

@@ -14,7 +14,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from base.errors import RunFailed, UserError, out_of_memory
-from base.files import file_digest, load_tensors, sync_folder, write_atomically
+from base.files import (file_digest, load_tensors, save_tensors, sync_folder,
+                        write_atomically)
 from edm_networks import EDMPrecond
 from models import falling
 from text_to_image import TextDenoiser, library
@@ -48,7 +49,7 @@ def weights_digest(state):
 
 def save(path, payload):
     def write(temporary):
-        torch.save({"format": FORMAT, **payload}, temporary)
+        save_tensors({"format": FORMAT, **payload}, temporary)
         with open(temporary, "rb+") as file:        # the last two bytes are the comment's length
             file.seek(-2, os.SEEK_END)
             file.write(DIGEST.to_bytes(2, "little"))

@@ -258,6 +258,9 @@ def open_teacher(args, student=None):
     """--teacher FILE; else the student's own, or without a student --checkpoint; of a data set of
     the user's its stage 0, else what its newest student was made from."""
     source, made = args.teacher if isinstance(args.teacher, str) else None, student
+    if source and args.checkpoint and not student:
+        raise UserError("--checkpoint and --teacher FILE: one of them is drawn; with a teacher to "
+                        "compare, sample.py takes --compare, evaluate.py --steps and --heun")
     if not (source or student):
         stage0 = Path(args.runs) / f"{args.dataset}-pmdd" / "stage0" / "best.pt"
         own = args.dataset and args.dataset not in DATASETS
@@ -273,14 +276,21 @@ def open_teacher(args, student=None):
                         "it takes --steps")
     if not student:
         refuse_sigmas(args.sigmas, opened.name)
+        if args.base and not made:
+            raise UserError(f"--base is for a student, {opened.name} is a teacher; leave out the "
+                            "flag")
     say(f"{opened.name} (teacher)")
     return opened
 
 
 def teacher_of(student):
     """The file that a student says it was made from, else the teacher of its data set."""
-    if Path(student.teacher).is_file() or student.teacher in PUBLISHED_NETWORKS:
-        return student.teacher
+    if student.teacher:
+        here = [path for path in (Path(student.teacher), ROOT / student.teacher) if path.is_file()]
+        if not (here or student.teacher in PUBLISHED_NETWORKS):
+            raise UserError(f"{student.name} was made from {student.teacher}, which is not there: "
+                            "name it with --teacher FILE")
+        return here[0] if here else student.teacher
     if not student.dataset:
         raise UserError(f"{student.name} does not say its dataset: give --dataset or --teacher "
                         "FILE")

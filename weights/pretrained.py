@@ -11,7 +11,7 @@ import torch
 
 from base.download import PUBLISHED, cache_folder, fetch_with_digest
 from base.errors import UserError, out_of_memory
-from base.files import file_digest, load_tensors, write_atomically
+from base.files import file_digest, load_tensors, save_tensors, write_atomically
 from weights.checkpoint import build_network, check_plain
 from weights.pickle_reader import Record, UnsafePickle, read_pickle
 
@@ -51,7 +51,7 @@ def _read_converted(path, digest, cache):
             plain.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{plain}: cannot be written: {error}") from None
-        write_atomically(plain, lambda temporary: torch.save(data, temporary))
+        write_atomically(plain, lambda temporary: save_tensors(data, temporary))
     return _read_plain(plain)
 
 
