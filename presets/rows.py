@@ -232,9 +232,8 @@ PRESETS = {
 FAST = {("digits", 1): dict(iterations=2_900, loss="dm", ttur=5, noise_range=(0.02, 0.7)),
         ("digits", 2): dict(iterations=3_700, loss="dm", ttur=5, noise_range=(0.02, 0.7)),
         ("digits", 3): dict(iterations=2_200, loss="dm", ttur=5, noise_range=(0.02, 0.6)),
-        ("emoji", 1): dict(iterations=1_200, batch=16, noise_range=(0.02, 0.8)),
-        ("emoji", 2): dict(iterations=400, batch=16),
-        ("emoji", 3): dict(iterations=400, batch=16)}
+        ("emoji", 1): dict(iterations=600, noise_range=(0.02, 0.8)),
+        ("emoji", 2): dict(iterations=200), ("emoji", 3): dict(iterations=200)}
 
 
 def fast(row):
