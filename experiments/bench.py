@@ -179,7 +179,7 @@ def memory_of(job, answer):
     set_precision(job.options.precision)
     foreseen = math.fsum(plan.memory(
         train.iteration_of(job.config), job.config, job.network, job.options.batch_per_gpu,
-        precision=job.options.precision).values())
+        precision=job.options.precision, on_gpu=cuda).values())
     process = None if cuda else plan.process_memory(foreseen)
     if not cuda:
         keep_freed_memory()

@@ -26,7 +26,7 @@ def main():
     planned = []
     for dataset, method, stage, images in ROWS:
         config, network = find(dataset, method, stage).config, DATASETS[dataset].network
-        hows = [How(images, precision="bf16", **way) for way in WAYS.values()]
+        hows = [How(images, precision="bf16", on_gpu=True, **way) for way in WAYS.values()]
         gib = {how: {} for how in hows}
         for how, gpus, size in progress(by_gpus(iteration, config, network, hows, GPUS),
                                         desc=dataset, total=len(hows) * len(GPUS)):

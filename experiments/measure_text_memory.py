@@ -27,7 +27,7 @@ def main():
     network, planned = DATASETS["sd15"].network, []
     for text, method, stage, processes, precision, sizes in progress(ROWS, desc="plans"):
         config = find("sd15", method, stage).config
-        plans = {size: memory(iteration, config, network, size, processes, precision)
+        plans = {size: memory(iteration, config, network, size, processes, precision, on_gpu=True)
                  for size in sizes}
         activations = [plan.pop("activations and noise beside them") for plan in plans.values()]
         planned.append({"what": text, "gib": {

@@ -111,8 +111,9 @@ def report(iterate, stage):
     config, options = stage.config, stage.options
     network = network_of(config, options)
     parts = config.batch // options.world_size // options.batch_per_gpu
+    on_cpu = options.device == "cpu" or not (options.device or torch.cuda.is_available())
     how = How(options.batch_per_gpu, options.world_size, options.precision, options.shard,
-              options.recompute, options.ema_on_host)
+              options.recompute, options.ema_on_host, not on_cpu)
     plan = rehearsed(iterate, config, network, how)
     sizes, whole = plan(how), plan(how._replace(shard=False, ema_on_host=False))
     total = math.fsum(sizes.values())
@@ -131,12 +132,12 @@ def report(iterate, stage):
               "images an iteration"]
     lines += [f"memory, {name}: {size / 2**20:,.0f} MiB" for name, size in sizes.items()]
     lines += [f"memory, all tensors of one process: {total / 2**20:,.0f} MiB"]
-    on_cpu = options.device == "cpu" or not (options.device or torch.cuda.is_available())
     if on_cpu and (process := process_memory(total)):
         lines += ["memory, one whole process, with Python, libraries and the heap's holes: "
                   f"{process / 2**20:,.0f} MiB"]
     if "unet" in network:
+        on_gpus = how._replace(on_gpu=options.device != "cpu")
         lines += [f"memory, all tensors of one of {n} processes, with one pass of so many images: "
                   f"{size / 2**20:,.0f} MiB"
-                  for _, n, size in by_gpus(iterate, config, network, [how], GPUS)]
+                  for _, n, size in by_gpus(iterate, config, network, [on_gpus], GPUS)]
     return "\n".join(lines)

@@ -24,10 +24,12 @@ class Kernels(TorchFunctionMode):
     """The meta device takes the kernels that a real one would: fused attention, bf16's casts."""
 
     CAST = (F.conv2d, F.conv_transpose2d, F.linear, F.scaled_dot_product_attention)
+    NORMS = (F.group_norm, F.layer_norm)    # which autocast brings to fp32 on a GPU, not on a CPU
 
-    def __init__(self, precision, cache=True):
+    def __init__(self, precision, cache=True, on_gpu=False):
         super().__init__()
         self.bf16, self.cache, self.copies = precision == "bf16", cache, {}
+        self.on_gpu = on_gpu
 
     def cast(self, value):
         """As autocast: the bf16 copy of a trained weight is kept, any other made anew."""
@@ -42,6 +44,8 @@ class Kernels(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if self.bf16 and function in self.CAST:
             args = [self.cast(value) for value in args]
+        if self.bf16 and self.on_gpu and function in self.NORMS:
+            args = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
         if function is F.scaled_dot_product_attention:
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
         return function(*args, **(kwargs or {}))
@@ -78,6 +82,7 @@ class How(NamedTuple):
     shard: bool = False
     recompute: bool = False
     ema_on_host: bool = False
+    on_gpu: bool = False
 
 
 def memory(iterate, config, network, *how, **more):
@@ -99,7 +104,7 @@ def rehearsed(iterate, config, network, how):
                 parameter.grad = torch.empty_like(parameter)
     with Remembered(), LiveBytes() as live:
         rehearsal.run(0, optimizers, how.world_size, how.batch_per_gpu, min(parts, 2),
-                      lambda: Kernels(how.precision, cache=not how.shard))
+                      lambda: Kernels(how.precision, not how.shard, how.on_gpu))
     moments = sum(4 * moment.numel() for one in optimizers for moment in one.moments)
     gradients = 0 if several else max(map(weight_bytes, trained(roles)))
     alive = {ACTIVATIONS: max(live.peak - gradients, 0)}
