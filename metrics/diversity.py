@@ -9,11 +9,12 @@ from base.devices import full_precision
 from base.distributed import from_rank_zero
 from base.files import file_digest, shown
 from fid import all_reduce
+from images.captioned import squares
 from images.prompts import read_prompts
 from metrics.lpips import load_lpips
 from models import from_uint8
 
-IMAGES = 4                      # of each prompt
+IMAGES, LARGEST = 4, 512        # of each prompt; pixels a side, to which larger ones are brought
 
 
 class Diversity:
@@ -30,7 +31,8 @@ class Diversity:
         sums = torch.zeros(lists, dtype=torch.float64, device=self.device)
         for k in range(distributed.rank(), len(self.prompts), distributed.world_size()):
             images, _ = task(range(k * IMAGES, (k + 1) * IMAGES))
-            sums += torch.stack([self.mean(x.to(self.device)) for x in images])
+            images = [squares(x, min(x.shape[-1], LARGEST)).to(self.device) for x in images]
+            sums += torch.stack([self.mean(x) for x in images])
         all_reduce([sums])
         return (sums / len(self.prompts)).tolist()
 
@@ -43,4 +45,5 @@ class Diversity:
 
     def protocol(self):
         return (f"diversity: mean LPIPS (VGG) between {IMAGES} images of each prompt of "
-                f"{shown(self.path)} ({file_digest(self.path)[:8]})")
+                f"{shown(self.path)} ({file_digest(self.path)[:8]}), at most {LARGEST} pixels a "
+                "side")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from base import distributed
 from base.distributed import from_rank_zero, say
@@ -50,7 +51,13 @@ def perceptual_distance(dataset, cache, device, pipeline=None):
     if pipeline is None:
         return load_lpips(cache, device)
     lpips = load_lpips(cache, device, resize=None)      # as DMD: of the pictures as they are
-    return lambda x, y: lpips(pipeline.decode_float(x), pipeline.decode_float(y))
+
+    def between(x, y):
+        return lpips(pipeline.decode_float(x), pipeline.decode_float(y))
+
+    # The decoder's graph of a large picture takes many GiB: made again for one at a time.
+    return lambda x, y: torch.cat([checkpoint(between, *pair, use_reentrant=False)
+                                   for pair in zip(x.split(1), y.split(1))])
 
 
 def dataset_of(shape, dataset, source):
@@ -176,12 +183,13 @@ class Judge:
                 for one, x in zip(more, images):
                     cut = squares(x, PATCH, patch).to(self.device)
                     one["patches"] = self.network(cut)[0]
+            if self.clip:                               # DMD2's is of 256 pixels, whatever --side
+                seen = [squares(x, TEXT_SIDE) if self.side else x for x in images]
+                for one, cosines in zip(more, self.clip(seen, asked)):
+                    one["cosines"] = cosines
             if self.side:
                 images = [squares(x, self.side) for x in images]
             outputs = [self.network(x.to(self.device)) for x in images]
-            if self.clip:
-                for one, cosines in zip(more, self.clip(images, asked)):
-                    one["cosines"] = cosines
             return block, zip(outputs, more), asked
 
         tallies = [Tally(self, n) for _ in range(lists)]
@@ -204,6 +212,7 @@ class Judge:
             about["diversity"] = self.diversity.protocol()
         if self.clip:
             about["clip_score"] = {"model": self.clip.name, "sha256": self.clip.sha256}
+            about["clip_score"] |= {"side": TEXT_SIDE} if self.side else {}
         if self.real is not None:
             about["precision_recall"] = (f"k = {NEIGHBOURS}, first {MANIFOLD} images, real: "
                                          f"{self.real_source}")

@@ -28,6 +28,7 @@ from helpers import ShallowInception, call, in_ranks
 from images.captioned import coco_captions, open_captioned, square, squares
 from metrics import evaluations, judge
 from metrics.clip_score import PREFIX, ClipScore
+from metrics.diversity import Diversity
 from metrics.inception import RESIZES, Inception, bicubic_matrix
 from metrics.lpips import LPIPS
 from models import Guided, sample_every_step, sample_heun, sample_seeds
@@ -376,10 +377,10 @@ class SmallFeatures(torch.nn.Module):
     """In Inception's place: a few features of the pictures that it is given."""
 
     name, dimensions, sha256, logit_bias = "small", 6, "0" * 64, torch.zeros(1008)
-    metric, share = "FID", None
+    metric, share, side = "FID", None, 256
 
     def forward(self, images):
-        assert images.shape[1:] == (3, 256, 256) and images.dtype == torch.uint8
+        assert images.shape[1:] == (3, self.side, self.side) and images.dtype == torch.uint8
         means = images.float().reshape(len(images), 6, -1).mean(2)
         return means, torch.zeros(len(images), 1008)
 
@@ -411,6 +412,15 @@ def test_a_teacher_is_guided_by_three_or_as_told(small, here, monkeypatch, flags
     assert entry["figures"]["FID"]["mean"] == pytest.approx(small_distance(images), rel=1e-5)
     assert entry["protocol"]["source"] == {
         "file": "pipeline", "sha256": checkpoint.weights_digest(text_network(here).state_dict())}
+
+
+def test_the_clip_score_is_of_256_pixels_whatever_the_side(small, monkeypatch):
+    for side in (64, 256):
+        monkeypatch.setattr(SmallFeatures, "side", side)
+        assert call(monkeypatch, evaluate, "--checkpoint", "student.pt", "--steps", 1, *small,
+                    "--side", side, "--clip", "--clip-model", "clip") == 0
+    first, second = (entry["figures"] for entry in entries())
+    assert first["clip_score"] == second["clip_score"] and first["FID"] != second["FID"]
 
 
 def test_further_blocks_of_seeds_ask_for_the_same_prompts(small, here, monkeypatch):
@@ -655,6 +665,14 @@ def test_patch_fid_is_of_the_middle_299_pixels_as_they_are(here, monkeypatch, ca
     for path, said in refused.items():
         assert call(monkeypatch, evaluate, *flags, *path.split()) == 2
         assert said in capfd.readouterr().err
+
+
+def test_larger_pictures_are_compared_at_512_pixels_for_diversity():
+    diverse, sides = object.__new__(Diversity), []
+    diverse.prompts, diverse.device = ["the sea"], "cpu"
+    diverse.distance = lambda x, y: sides.append(x.shape[-1]) or torch.zeros(len(x))
+    lists = [torch.zeros(4, 3, side, side, dtype=torch.uint8) for side in (600, 512, 64)]
+    assert diverse.scores(lambda numbers: (lists, None), 3) == [0, 0, 0] and sides == [512, 512, 64]
 
 
 def test_diversity_is_the_mean_lpips_between_four_pictures_of_each_prompt(here, monkeypatch, capfd):

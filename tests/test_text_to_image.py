@@ -518,6 +518,8 @@ SPOILT = {
     "is a StableDiffusion3Pipeline, not a pipeline of Stable Diffusion 1.x": lambda f: edit(
         f / "model_index.json", _class_name="StableDiffusion3Pipeline"),
     ".bin is a pickle": lambda f: as_pickle(f / "unet"),
+    "only diffusion_pytorch_model.fp16.safetensors; save the pipeline without variant": lambda f: (
+        f / UNET).rename((f / UNET).with_suffix(".fp16.safetensors")),
     "holds no diffusion_pytorch_model.safetensors$": lambda f: (f / UNET).unlink(),
     "prediction_type is 'sample'; allowed: epsilon, v_": lambda f: edit(
         f / SCHEDULER, prediction_type="sample"),

@@ -74,7 +74,9 @@ def weight_files(folder, name):
     files = [path for path in folder.glob("*.safetensors")
              if re.fullmatch(rf"{name}(-\d+-of-\d+)?", path.stem)]
     pickles = [path.name for path in folder.glob("*") if path.suffix in (".bin", ".ckpt", ".pt")]
+    half = [path.name for path in folder.glob(f"{name}.fp16*.safetensors")]
     require(files, f"{folder} holds no {name}.safetensors" + (
+        f", only {half[0]}; save the pipeline without variant=\"fp16\"" if half else
         f", and {pickles[0]} is a pickle, which could run anything; save the pipeline with "
         "safe_serialization=True" if pickles else ""))
     return files
