@@ -295,8 +295,8 @@ def load(source, device="cpu"):
         """uint8 [n,C,H,W] of the seeds from `seed` on; asked: a class, or a prompt, for each."""
         if n < 1 or steps is not None and steps < 1:
             raise UserError(f"n is {n}, steps is {steps}: allowed: 1 or more")
-        if asked is not None and len(asked) != n:
-            raise UserError(f"asked for {len(asked)} things, n is {n}: one for each image")
+        if asked is not None and (isinstance(asked, str) or len(asked) != n):
+            raise UserError(f"asked for {len(asked)} things, n is {n}: a list, one for each image")
         if asked is not None and not opened.base:       # whole numbers of any kind, or names
             asked = [class_number(str(one), opened.class_names, network.conditions.count)
                      for one in (asked.tolist() if hasattr(asked, "tolist") else asked)]

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from base.errors import Parser, UserError, run
 from base.files import write_atomically
 from images.pictures import CURVES, matplotlib_pyplot
@@ -65,16 +67,19 @@ def draw(folders, against, path):
     plt, rows = matplotlib_pyplot(), -(-len(names) // 3)
     figure, axes = plt.subplots(rows, 3, squeeze=False, figsize=(13, 3 * rows),
                                 layout="constrained")
+    colours = plt.cm.turbo(np.linspace(0.05, 0.95, len(runs)))
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     for axis, name in zip(axes.flat, names):
-        for label, places, lines in runs:
+        for k, (_, places, lines) in enumerate(runs):
             points = [(x, line[name]) for x, line in zip(places, lines) if name in line]
             if points:
-                axis.plot(*zip(*points), label=label, linewidth=1, marker="." * ("@" in name))
+                axis.plot(*zip(*points), color=colours[k], linewidth=1, marker="." * ("@" in name))
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(against, fontsize=8)
         axis.tick_params(labelsize=7)
+    for (label, _, _), colour in zip(runs, colours):        # also of a run that lacks the first
+        axes.flat[0].plot([], [], color=colour, label=label)
     axes.flat[0].legend(fontsize=7)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
     plt.close(figure)

@@ -246,6 +246,7 @@ def draw_all():
         axis.plot(*zip(*points.values()), label=text, marker="o")
         for weight, point in points.items():
             axis.annotate(f"{weight:g}", point, (5, 5), textcoords="offset points", fontsize=8)
+    axis.margins(0.12)
     axis.set(xlabel="right picture", ylabel="emoji-FID")
     save(figure, [axis], "guidance.png")
 

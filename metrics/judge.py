@@ -74,9 +74,9 @@ def side_of(dataset, text):
 
 
 def made_by(side, resize, out=None):
-    return (f"; python fid.py --data PICTURES --side {side} --resize {resize} --out "
-            f"{out or 'FILE.npz'} makes one; COCO's pictures are val2014/*.jpg, of val2014.zip at "
-            "cocodataset.org")
+    squares, coco = (f" --side {side} --resize {resize}", "; COCO's pictures are val2014/*.jpg, of "
+                     "val2014.zip at cocodataset.org") if side else ("", "")
+    return f"; python fid.py --data PICTURES{squares} --out {out or 'FILE.npz'} makes one{coco}"
 
 
 def has_reference(dataset):
@@ -128,10 +128,10 @@ class Judge:
         resize = resize or ("clean" if side else "tf1")
         self.device, self.real, self.clip, self.side = device, None, None, side
         self.captions, self.patches, self.diversity = captions, None, None
-        how = made_by(side, resize, reference) if side else ""
+        how = made_by(side, resize, reference)
         if not (reference or has_reference(dataset)):
-            raise UserError("no reference is known for these images: give "
-                            + ("" if side else "--dataset or ") + "--reference" + how)
+            raise UserError(f"no reference is known for {dataset or 'these images'}: give "
+                            + ("" if side or dataset else "--dataset or ") + "--reference" + how)
         if not reference and dataset not in OWN and (side or resize != "tf1"):
             raise UserError(f"the published reference of {dataset} is of whole images, resized as "
                             "TensorFlow 1 does: leave out --side and --resize, or give --reference"

@@ -134,6 +134,7 @@ def test_from_python_each_image_is_asked_for_something_or_none_is(student):
     for asked in (torch.tensor([7, 1, 0]), np.array([7, 1, 0]), ["7", "1", "0"]):
         assert torch.equal(images(3, asked=asked), images(3, asked=[7, 1, 0]))
     for wrong, message in ((dict(n=3, asked=[7, 1]), "asked for 2 things, n is 3"),
+                           (dict(n=1, asked="7"), "a list, one for each image"),
                            (dict(n=2, asked=[7, 10]), "class 10: allowed: 0 to 9"),
                            (dict(n=0), "n is 0"), (dict(steps=0), "steps is 0")):
         with pytest.raises(UserError, match=message):

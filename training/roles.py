@@ -28,7 +28,9 @@ from weights.pipeline import with_text_encoder
 def load_teacher(config, options, device):
     """A published network or pipeline, a file in one of the published formats, or a stage 0."""
     source, text = config.teacher, "unet" in options.network
-    if not text:
+    if text:
+        prompts = prompts_of(config, options)           # before a pipeline is fetched
+    else:
         source = find_teacher(source, config.dataset)
     opened = open_network(source, teacher=True, dataset=config.dataset, cache=options.cache)
     if opened.sigmas:
@@ -40,7 +42,7 @@ def load_teacher(config, options, device):
         if opened.network.text_encoder is not None:
             raise UserError(f"--teacher {source} is a stage 0; first make a pipeline of it: python "
                             f"text_to_image.py export {source} FOLDER")
-        opened.serve(prompts_of(config, options), device)
+        opened.serve(prompts, device)
         return opened
     made, wanted = opened.network.config, options.network
     if any(made[k] != wanted[k] for k in ("img_resolution", "img_channels")):

@@ -53,11 +53,12 @@ def licence(base):
 
 
 def model_card(base, timesteps, facts, lora):
-    counts = range(1, len(timesteps) + 1)
+    counts, several = range(1, len(timesteps) + 1), "s" * (len(timesteps) > 1)
     return CARD.read_text().format(
         base=base, base_model="" if (ROOT / base).exists() else f"base_model: {base}\n",
-        licence=licence(base), title=f"{Path(base).name}, distilled to {len(timesteps)} steps",
-        steps=" or ".join(map(str, counts)) + " step" + "s" * (len(timesteps) > 1),
+        licence=licence(base),
+        title=f"{Path(base).name}, distilled to {len(timesteps)} step{several}",
+        steps=" or ".join(map(str, counts)) + f" step{several}",
         timesteps=timesteps,
         prefixes=", ".join(f"{n}: `{timesteps[:n]}`" for n in counts),
         facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
