@@ -65,8 +65,8 @@ def open_images(source, cache=None):
         return digits() if source == "digits" else emoji_pictures()
     path = fetch("cifar10", cache) if source == "cifar10" else Path(source)
     if not path.exists():
-        raise UserError(f"no images at {path}: --data and --images take digits, emoji, cifar10, a "
-                        "folder, a zip, or CIFAR-10's binary archive")
+        raise UserError(f"no images at {path}: give digits, emoji, cifar10, a folder, a zip, or "
+                        "CIFAR-10's binary archive, as --data or --images")
     if path.is_dir():
         return folder_or_zip(path)
     return folder_or_zip(path) if zipfile.is_zipfile(path) else cifar10(path)

@@ -953,7 +953,7 @@ def test_a_dry_run_prints_what_it_will_cost_and_makes_nothing(teacher, tmp_path,
     for said in (out, capsys.readouterr().out):                         # not those of digits' own
         assert f"parameters of the network: {weights:,}\n" in said
     for more, why in ((("--dataset", "cifar10"), "is of digits"), (("--sigmas", "500"), "to 80"),
-                      (("--dataset", "sd15"), "is of digits")):
+                      (("--dataset", "sd15", "--prompts", __file__), "is of digits")):
         with pytest.raises(UserError, match=why):                       # as the run would
             train.main(flags(teacher, tmp_path, "--stage", "1", "--dry-run", *more))
 
