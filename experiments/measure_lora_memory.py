@@ -34,8 +34,7 @@ def gib(plans):
 def main():
     Parser(prog="experiments.measure_lora_memory", description=__doc__).parse_args()
     planned = [{"what": text, "gib": gib({size: memory(
-        iteration, replace(config, lora=RANK), network, size, precision="bf16",
-        on_gpu=True)
+        iteration, replace(config, lora=RANK), network, size, precision="bf16", on_gpu=True)
         for size in sizes})} for text, config, network, sizes in progress(ROWS, desc="plans")]
     write_json(ROOT / "results" / "lora-memory.json", {
         "command": "python -m experiments.measure_lora_memory", "torch": torch.__version__,

@@ -120,8 +120,7 @@ def coco_captions(folder):
     try:
         for one in sorted(json.loads(path.read_text("utf-8"))["annotations"],
                           key=lambda one: one["id"]):
-            told.setdefault(int(one["image_id"]), []).append(
-                whole(one["caption"].strip()))
+            told.setdefault(int(one["image_id"]), []).append(whole(one["caption"].strip()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} holds no captions as COCO's does: {error!r}") from None
     return [(f"COCO_val2014_{image:012d}.jpg", told[image][draw.randint(len(told[image]))])

@@ -149,7 +149,7 @@ def check_out(path, kind, force):
     if path.is_dir() != (kind == "folder") and path.exists():
         raise UserError(f"--out {path} is {'a folder' if path.is_dir() else 'a file'}; "
                         "choose another name")
-    if os.path.ismount(path):
+    if os.path.ismount(path.resolve()):
         raise UserError(f"--out {path} is the top of a disk; name a folder in it")
     if kind == "folder" and path.exists():
         others = {p.name for p in path.iterdir()} - set(sampled(path))

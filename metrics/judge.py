@@ -74,9 +74,9 @@ def side_of(dataset, text):
 
 
 def made_by(side, resize, out=None):
-    squares, coco = (f" --side {side} --resize {resize}", "; COCO's pictures are val2014/*.jpg, of "
-                     "val2014.zip at cocodataset.org") if side else ("", "")
-    return f"; python fid.py --data PICTURES{squares} --out {out or 'FILE.npz'} makes one{coco}"
+    flags, coco = (f" --side {side} --resize {resize}", "; COCO's pictures are val2014/*.jpg, of "
+                   "val2014.zip at cocodataset.org") if side else ("", "")
+    return f"; python fid.py --data PICTURES{flags} --out {out or 'FILE.npz'} makes one{coco}"
 
 
 def has_reference(dataset):

@@ -292,7 +292,7 @@ BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
        "--churn -1", "--churn 40 0.05", "--churn 1 2 3 4 5", "--churn nan", "--churn inf",
        "--churn 40 0.05 50 -1", "--churn", "--guidance -1", "--guidance nan",
        "--checkpoint student.pt --churn 5", "--checkpoint teacher.pt --teacher --sigmas 2",
-       "--out . --force", "--grid 2x2 --prompt a b", "--out /proc --force",
+       "--out . --force", "--grid 2x2 --prompt a b",
        "--checkpoint student.pt --teacher teacher.pt", "--teacher --base pipeline",
        "--checkpoint moved.pt --compare"]
 

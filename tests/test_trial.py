@@ -138,6 +138,14 @@ def test_a_folder_that_is_a_link_stays_one(drawn):
         *(f"{k:06d}.png" for k in range(3)), "dataset.json"]
 
 
+def test_a_folder_that_is_a_whole_disk_is_refused_before_anything_is_drawn(drawn, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path.name == "elsewhere")
+    Path("images").rename("elsewhere")
+    Path("images").symlink_to("elsewhere")
+    code, _, err = drawn("--force")
+    assert code == 2 and "images is the top of a disk; name a folder in it" in last_line(err)
+
+
 def test_what_came_into_the_folder_meanwhile_and_what_lies_outside_it_survive(drawn):
     def blocks():
         Path("images/late.png").write_bytes(b"mine")

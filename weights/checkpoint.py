@@ -14,8 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from base.errors import RunFailed, UserError, out_of_memory
-from base.files import (file_digest, load_tensors, save_tensors, sync_folder,
-                        write_atomically)
+from base.files import file_digest, load_tensors, save_tensors, sync_folder, write_atomically
 from edm_networks import EDMPrecond
 from models import falling
 from text_to_image import TextDenoiser, library
