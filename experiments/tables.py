@@ -17,7 +17,7 @@ from experiments.recorded_runs import SEEDS, Plan, Run, execute, parse, run_all
 
 ITERATIONS = 1500                       # of a stage; n steps trained together have n times as many
 IMAGES = 20_000                         # of each figure
-COMMON = ("--final-rate 1 --ema-halflife 4000 --ema-rampup 0 --evaluate-every 250 "
+COMMON = ("--final-rate 1 --ema-halflife 4000 --ema-rampup 0.1 --evaluate-every 250 "
           "--evaluate-images 2000")
 
 
