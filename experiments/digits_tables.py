@@ -125,5 +125,13 @@ def weightings():
                      row("Eq. 8", "dmd", 1, "2.66")])
 
 
+def with_constant_average():
+    """The runs as they were with `--ema-halflife 4000 --ema-rampup 0`."""
+    return markdown(["run", "digits-FID at its own steps, constant half-life", "ramps up"],
+                    [[f"`{name}`", cell(name, file="constant-average.json"), cell(name)]
+                     for name in RUNS])
+
+
 TABLES = {f.__name__: f for f in (methods, steps, budgets, two_step_ablation, unforget_weights,
-                                  ttur, weightings)} | {"again": PLAN.compared}
+                                  ttur, weightings, with_constant_average)} | {
+                                      "again": PLAN.compared}
