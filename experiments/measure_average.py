@@ -16,7 +16,7 @@ import torch
 from base.errors import UserError, run
 from base.files import ROOT, versions, write_json
 from base.progress import progress
-from metrics.judge import Scorer
+from metrics.judge import Scorer, perceptual_distance
 from models import update_ema
 from train import iteration, make_optimizers, open_sources, set_rate
 from training.draws import draw
@@ -48,6 +48,10 @@ def measure(config, options):
     stop.restore()                                      # it saves nothing on the way
     optimizers, scorer = make_optimizers(config, roles, device), Scorer(config, options, device)
     roles.wrap()
+    if config.regression_weight:
+        roles.distance = perceptual_distance(config.dataset, options.cache, device,
+                                             roles.opened.pipeline)
+    options.folder.mkdir(parents=True, exist_ok=True)
     sources = open_sources(config, options, roles, device, stop)
     averages = {name: copy.deepcopy(roles.ema) for name in AVERAGES}
     curve = []
@@ -65,7 +69,6 @@ def measure(config, options):
                 name: scores(network, scorer, config)
                 for name, network in ({WEIGHTS: roles.student} | averages).items()})
             print({name: value[0] for name, value in curve[-1].items() if name != "iterations"})
-    options.folder.mkdir(parents=True, exist_ok=True)
     save(options.folder / "best.pt", best_of(payload(
         config, roles, optimizers, config.iterations, 0.0, 0.0, {}), 0.0))
     return curve
@@ -78,8 +81,8 @@ def main():
     _, config, options = stages[0]
     if any(options.folder.glob("*.pt")):
         raise UserError(f"{options.folder} holds a run; give another --folder")
-    if config.regression_weight or not config.evaluate_every:
-        raise UserError("allowed: no --regression-weight, and --evaluate-every above 0")
+    if not config.evaluate_every:
+        raise UserError("allowed: --evaluate-every above 0")
     curve = measure(config, options)
     command = f"python -m experiments.measure_average {shlex.join(sys.argv[1:])}"
     path = ROOT / "results" / "average" / (
