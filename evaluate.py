@@ -179,7 +179,7 @@ def open_jobs(args, device):
     asked = read_captions(args.prompts, args.coco, args.n, (student or teacher).dataset)
     more = read_prompts(args.diversity) if args.diversity else []
     for opened in filter(None, (student, teacher)):
-        opened.ask(asked.prompts + more, "--prompts or --coco", device)
+        opened.ask(asked.prompts + more, "--prompts or --coco", device, student)
         opened.guide(args.guidance)
     jobs = [student_job(student, asked, args, device)] if student else []
     if teacher:

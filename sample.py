@@ -320,7 +320,7 @@ def main(argv=None):
         args.all_prompts = list(SHOWN)
         choose_images(args)
     for row in rows:
-        row.opened.ask(args.all_prompts, "--prompt or --prompts", device)
+        row.opened.ask(args.all_prompts, "--prompt or --prompts", device, rows[0].opened)
     labels = choose_labels(args, rows[0].opened)
     if all(row.opened.sigmas for row in rows):
         refuse_of_teachers(args)

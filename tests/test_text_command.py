@@ -209,13 +209,16 @@ def test_a_prompts_file_gives_pictures_with_their_captions(trained, monkeypatch,
     assert not np.array_equal(pictures[0], pictures[3])
 
 
-def test_compare_shows_the_students_own_teacher_without_being_told(trained, monkeypatch, tmp_path):
+def test_compare_shows_the_students_own_teacher_without_being_told(
+        trained, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, sample, "--runs", trained.parent, "--compare", "--prompt", *PROMPTS,
                 "--heun", 2) == 0
     picture = Image.open(tmp_path / "sd15-compare.png")
     assert picture.height == 20 + 5 * 129 + 1           # a line of labels, a row for each prompt
     assert picture.width > 4 * 129                      # teacher, 1, 2, 3 steps; captions
+    said = capsys.readouterr().err
+    assert said.count("the tokenizer does not know") == 1       # by the one pipeline of both
 
 
 def test_a_students_pipeline_is_the_teacher_of_a_name_of_ones_own(

@@ -49,13 +49,16 @@ class Opened:
         network = self.network.network if isinstance(self.network, Guided) else self.network
         return checkpoint.weights_digest(network.state_dict())
 
-    def ask(self, prompts, flags, device):
-        """Prompts for a text-to-image network, and for no other."""
+    def ask(self, prompts, flags, device, beside=None):
+        """Prompts for a text-to-image network, and for no other. A network that is drawn beside it
+        may share its pipeline: that is loaded once."""
         if self.base and not prompts:
             raise UserError(f"{self.name} makes pictures from text: give {flags}")
         if prompts and not self.base:
             raise UserError(f"{flags}: {self.name} is no text-to-image network")
         if self.base:
+            if beside and beside.base == self.base:
+                self.pipeline = beside.pipeline
             self.serve(prompts, device)
 
     def guide(self, weight):
