@@ -105,7 +105,7 @@ def parser():
                           "(torch's fully_shard), in place of a copy of all")
     how.add_argument("--recompute", action="store_true",
                      help="compute activations again for the backward pass, block by block: less "
-                          "memory, a forward pass more, the same bits")
+                          "memory, a forward pass more; on a CPU the same bits")
     how.add_argument("--ema-on-host", action="store_true",
                      help="keep the average of the student in the host's memory")
     how.add_argument("--force", action="store_true",
