@@ -245,6 +245,7 @@ def images_job(args):
         captions, said = images.captions, "captions of the files"
     elif npz:
         images = open_npz(path)
+        images.classes *= args.dataset != "emoji"       # there its numbers are of prompts
     elif args.side:
         images = Pictures(path, args.side)
     else:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -156,6 +157,12 @@ def test_a_word_that_is_not_known_is_named_once_and_the_picture_drawn(here, monk
     entry, = read_records("evaluation.json")
     assert set(entry["figures"]) == {"emoji-FID", "right_picture"}
     assert entry["protocol"]["images"] == 6
+    pixels, numbers = np.zeros((6, 32, 32, 3), np.uint8), np.arange(6) // 2
+    np.savez("z.npz", arr_0=pixels, arr_1=numbers)      # which holds no captions
+    assert call(monkeypatch, evaluate, "--dataset", "emoji", "--images", "z.npz", "--out",
+                "z.json") == 0
+    entry, = read_records("z.json")
+    assert set(entry["figures"]) == {"emoji-FID"} and entry["protocol"]["labels"] == "none"
 
 
 def test_a_set_of_captions_is_drawn_where_nothing_is_asked_for(here, monkeypatch, capsys):
