@@ -70,6 +70,9 @@ def explained(error):
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK):
         where = f"{str(error.filename)[:200]!r}" if error.filename is not None else "cannot write"
         return 1 if error.errno in DISK else 2, f"error: {where}: {error.strerror}"
+    for text in map(os.strerror, DISK):         # safetensors and shutil.copytree say it in words
+        if text in str(error):
+            return 1, f"error: cannot write: {text}"
     return None
 
 

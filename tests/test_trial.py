@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import evaluate
@@ -339,6 +340,13 @@ def test_every_kind_of_full_memory_is_told_as_one(error):
         assert explained(error("not of memory")) is None
     else:
         assert explained(error)[0] == 1 and "--batch-per-gpu" in explained(error)[1]
+
+
+@pytest.mark.parametrize("error", [
+    shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+    SafetensorError("I/O error: No space left on device (os error 28)")])
+def test_a_full_disk_is_told_as_that_by_whoever_finds_it(error):
+    assert explained(error) == (1, "error: cannot write: No space left on device")
 
 
 @pytest.mark.parametrize("out", ["a.zip", "a.npz", "a", "a.png"])
