@@ -92,7 +92,8 @@ def fetch_with_digest(name, cache):
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with open(f"{path}.lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):      # without locks each process brings its own
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.is_file():  # else another process brought it while this one waited
                     return path, _download(entry, path)
         return path, _verify(entry, path, path)

@@ -1,5 +1,6 @@
 """Downloads from a real server on loopback that does everything a server can do wrong."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -117,6 +118,14 @@ def test_cache_folder_is_the_flag_or_the_variable_or_the_default(monkeypatch):
 def test_unknown_name_lists_the_known_ones(tmp_path):
     with pytest.raises(UserError, match="edm-imagenet-64x64-cond-adm"):
         download.fetch("edm-imagenet", tmp_path)
+
+
+def test_a_file_comes_where_nothing_can_be_locked(server, tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    fetched(KNOWN_HASH, tmp_path)
 
 
 @pytest.mark.parametrize("name", [UNKNOWN_HASH, KNOWN_HASH])

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import inspect
 import json
 import math
@@ -569,6 +570,25 @@ def opened(folder, *argv):
     return lock
 
 
+def test_later_stages_keep_the_teacher_of_the_first_though_another_has_come_beside_it(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    opened(tmp_path / "runs" / "digits-pmdd").close()
+    best = tmp_path / "runs" / "digits-pmdd" / "stage0" / "best.pt"
+    best.parent.mkdir()
+    best.touch()
+    for flags in ((), ("--stage", 3)):
+        for _, config, _ in parse("--dataset", "digits", *flags):
+            assert config.teacher == (DATASETS["digits"].teacher if not flags else
+                                      "runs/digits-pmdd/stage0/best.pt")
+
+
+def test_a_stage_0_of_text_goes_on_from_its_pipeline_however_it_is_asked_for():
+    for flags in (("--dataset", "emoji"), ("--data", "emoji")):
+        (_, config, _), = parse("--stage", 0, *flags)
+        assert config.teacher == DATASETS["emoji"].teacher
+
+
 def test_config_json_holds_the_configuration_and_what_produced_the_numbers(tmp_path):
     lock = opened(tmp_path, "--seed", 7, "--betas", 0.5, 0.6)
     written = json.loads((tmp_path / "stage1" / "config.json").read_text())
@@ -643,6 +663,16 @@ def test_what_a_killed_run_was_writing_is_cleared_away_and_nothing_else(tmp_path
         assert held.exists()
     assert sorted(p.name for p in folder.iterdir()) == [
         ".hidden", "config.json", "latest.pt", "lock", "notes.tmp"]
+
+
+def test_where_nothing_can_be_locked_a_run_begins_and_says_so(tmp_path, monkeypatch, capsys):
+    def none(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    opened(tmp_path).close()
+    assert "stage1 cannot be locked (Function not implemented)" in capsys.readouterr().out
+    assert (tmp_path / "stage1" / "config.json").is_file()
 
 
 HOLDER = """

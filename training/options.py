@@ -134,8 +134,10 @@ def parse(argv=None):
         begins = stage or "unet" in subject.network     # stage 0 of text goes on from a pipeline
         if args.teacher and not begins:
             raise UserError("--teacher is for a student; --stage 0 trains a teacher")
-        before = recorded(args, subject, preset)
-        teacher = {"teacher": args.teacher or str(before.get("teacher", ""))
+        before = recorded(args, subject, preset.config, stage)
+        earlier = (vars(wanted[-1].config) if wanted else
+                   recorded(args, subject, preset.config, stage - 1) if stage > 1 else {})
+        teacher = {"teacher": args.teacher or str((before or earlier).get("teacher", ""))
                    or subject.teacher_of(preset)} if begins else {}
         younger = {f.name: f.default for f in dataclasses.fields(Config)
                    if before and f.name not in before}
@@ -151,11 +153,11 @@ def folder_of(args, dataset, method, stage):
     return Path(args.folder or Path("runs") / name) / f"stage{stage}"
 
 
-def recorded(args, subject, preset):
-    """What a run that goes on was begun with: its teacher stays, also where a stage 0 has come
-    beside it, and a field that is younger than the run has the default, which is what runs did."""
-    config = preset.config
-    path = folder_of(args, subject.name, config.method, config.stage) / "config.json"
+def recorded(args, subject, config, stage):
+    """What a stage that goes on was begun with: its teacher stays, and is that of the stages after
+    it, also where a stage 0 has come beside it; a field that is younger than the run has the
+    default, which is what runs did."""
+    path = folder_of(args, subject.name, config.method, stage) / "config.json"
     try:
         return dict(json.loads(path.read_text())["config"])
     except (OSError, ValueError, LookupError, TypeError):       # open_run says what is wrong

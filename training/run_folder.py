@@ -30,9 +30,12 @@ def open_run(folder, config, options):
                         "--folder") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # the kernel frees it when we die
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise UserError(f"another process is training in {folder}; wait for it or choose another "
                         "--folder") from None
+    except OSError as error:
+        distributed.say(f"{folder} cannot be locked ({error.strerror}): a second run there would "
+                        "not be refused")
     remove_leftovers(list(folder.rglob(".*.tmp")))          # of what was killed while it saved
     path, (now, how) = folder / "config.json", as_json(config, options)
     started = any(folder.glob("*.pt")) or (folder / "metrics.jsonl").exists()

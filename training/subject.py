@@ -72,7 +72,7 @@ def of_teacher(args, source):
 def of_images(args):
     name = args.dataset or Path(args.data).stem
     if name in DATASETS:
-        return known(name, "")
+        return known(name, DATASETS[name].teacher)
     images = open_images(args.data, args.cache)
     return Subject(name, network_for(images, args.data), "", images.class_names)
 
