@@ -603,6 +603,10 @@ def few_captions(folder):
     (folder / "beside" / "3.txt").unlink()
 
 
+def small_pictures(folder):
+    edit(folder / "pipeline/unet/config.json", sample_size=8)
+
+
 UNET = "pipeline/unet/diffusion_pytorch_model"
 REFUSED = [                             # what is spoilt, the flags, what the line says
     (None, "--guidance -1", "--guidance is -1.0; allowed: 0 or more"),
@@ -623,6 +627,10 @@ REFUSED = [                             # what is spoilt, the flags, what the li
     (None, "--gan-weight 1", "--data sd15: no such folder or zip; the GAN wants pictures with"),
     (few_captions, "--gan-weight 1 --data beside", "1 of 5 pictures have no caption, 3.jpg is the "
                                                    "first; wanted: dataset.json"),
+    (small_pictures, "--gan-weight 1 --data emoji",
+     "--data emoji: pictures of 32 pixels a side, those of .*pipeline have 16"),
+    (small_pictures, "--dataset emoji",
+     r"--dataset emoji: --teacher pipeline has images of shape \[3, 16, 16\], emoji are"),
     (None, "--stage 2", "stage 2 starts from .*stage1/best.pt, which is not there"),
     (None, "--reference nowhere.npz", "no reference at nowhere.npz")]
 

@@ -30,6 +30,9 @@ def latents_of(source, opened, network, folder, device, stop):
         raise UserError(f"--data {source}: no such folder or zip; the GAN wants pictures with "
                         "captions, in dataset.json or in a .txt beside each")
     images = open_captioned(source, pipeline.size)
+    if images.shape[1] != pipeline.size:
+        raise UserError(f"--data {source}: pictures of {images.shape[1]} pixels a side, those of "
+                        f"{opened.base} have {pipeline.size}")
 
     def make(part):
         rows = np.zeros(len(part), [("latent", np.float16, network.shape)])

@@ -17,6 +17,7 @@ from base.errors import UserError
 from edm_networks import EDMPrecond
 from images import emoji
 from images.captioned import prompts_for
+from metrics.judge import dataset_of
 from models import AdaptedWithHead, Guided
 from presets.config import both_betas
 from weights import checkpoint
@@ -43,6 +44,8 @@ def load_teacher(config, options, device):
             raise UserError(f"--teacher {source} is a stage 0; first make a pipeline of it: python "
                             f"text_to_image.py export {source} FOLDER")
         opened.serve(prompts, device)
+        side = opened.pipeline.size
+        dataset_of((3, side, side), config.dataset, f"--teacher {config.teacher}")
         return opened
     made, wanted = opened.network.config, options.network
     if any(made[k] != wanted[k] for k in ("img_resolution", "img_channels")):
