@@ -51,7 +51,7 @@ class Config:
                           "of the teacher; 0: train all weights")
     clip: float = option(10.0, "largest L2 norm of a gradient; 0: no limit")
     ema_halflife: int = option(500_000, "images of student updates after which the average student "
-                                        "has half forgotten")
+                                        "has half forgotten; sooner, as --ema-rampup says")
     evaluate_every: int = option(1000, "iterations between evaluations; 0: none, and best.pt is "
                                        "the newest")
     evaluate_images: int = option(50_000, "images of an evaluation")
