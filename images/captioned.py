@@ -80,7 +80,7 @@ class Pictures(Images):
         super().__init__(str(path), (3, size, size), np.zeros(len(names), np.int64),
                          lambda number: cut(decode(path, names[number], read_bytes), size), 0)
         self.captions = captions_of(path, names, set(found), read_bytes) if captioned else None
-        self.order = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        self.order = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_captioned(source, size):
@@ -96,7 +96,7 @@ def captions_of(path, names, found, read_bytes):
                 if type(every.get(slashed(name))) is str}       # a number is a class
     else:
         try:
-            told = {name: read_bytes(text).decode().strip() for name in names
+            told = {name: read_bytes(text).decode("utf-8-sig").strip() for name in names
                     if (text := str(Path(name).with_suffix(".txt"))) in found}
         except Exception as error:          # the files'
             raise UserError(f"{path}: its captions cannot be read: {error}") from error

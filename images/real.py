@@ -138,6 +138,10 @@ def folder_or_zip(path):
     names, has_labels = sorted(filter(is_image, found)), "dataset.json" in found
     if not names:
         raise UserError(f"no images in {path}; wanted: {', '.join(IMAGE_FILES)}")
+    deeper = [name for name in found if Path(name).name == "dataset.json"]
+    if deeper and not has_labels:
+        raise UserError(f"{path}: {deeper[0]}, which tells the classes, has to stand at the top, "
+                        "beside the folders")
     labels, class_names = read_labels(path, names, read_bytes) if has_labels else (None, ())
     classes = 0 if labels is None else int(labels.max()) + 1
     first = decode(path, names[0], read_bytes)
@@ -153,11 +157,12 @@ def folder_or_zip(path):
         return image
 
     labels = np.zeros(len(names), np.int64) if labels is None else labels
-    return Images(str(path), first.shape, labels, read, classes, class_names)
+    return Images(str(path), first.shape, labels, read, classes, class_names[:classes])
 
 
 def is_image(name):
-    return Path(name).suffix.lower() in IMAGE_FILES
+    return (Path(name).suffix.lower() in IMAGE_FILES
+            and not Path(name).name.startswith("._"))   # which macOS puts beside each in a zip
 
 
 def open_files(path):

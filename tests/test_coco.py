@@ -303,6 +303,12 @@ def test_pictures_of_any_size_with_captions_beside_them(tmp_path):
     assert pictures.captions == ["number 0", "number 1", "number 2"]
     pixels, _ = pictures.take([2, 0])
     assert np.array_equal(channels_last(pixels)[1], by_pillow(noise_picture(*SIZES[0], 0), 50))
+    (tmp_path / "2.txt").write_bytes("\N{BYTE ORDER MARK}number 2".encode())
+    image = tmp_path / os.fsdecode(b"caf\xe9.png")      # a name that is not UTF-8
+    image.write_bytes((tmp_path / "2.png").read_bytes())
+    image.with_suffix(".txt").write_text("a name of old")
+    assert open_captioned(tmp_path, 50).captions[2:] == ["number 2", "a name of old"]
+    image.unlink()
     (tmp_path / "1.txt").unlink()
     with pytest.raises(UserError, match="1 of 3 pictures have no caption, 1.png is the first"):
         open_captioned(tmp_path, 50)

@@ -213,6 +213,17 @@ def test_a_folder_and_a_zip_hold_the_same_images_and_classes_in_the_order_of_nam
         assert torch.equal(torch.cat([p for p, _ in images.batches(2)]), pixels)
 
 
+def test_classes_are_told_at_the_top_and_named_as_far_as_images_have_them(tmp_path):
+    told = {"labels": [[name, 1] for name in NAMES], "classes": ["cat", "dog", "fox"]}
+    files = FILES | {"dataset.json": json.dumps(told).encode(), "__MACOSX/._a.png": b"a note"}
+    for path in both(tmp_path, "set", files):
+        images = real.open_images(str(path))
+        assert images.classes == 2 and images.class_names == ("cat", "dog") and len(images) == 5
+    for path in both(tmp_path, "deep", {f"set/{name}": one for name, one in files.items()}):
+        with pytest.raises(UserError, match="set/dataset.json, .* has to stand at the top"):
+            real.open_images(str(path))
+
+
 def test_images_without_classes_count_none_and_give_zeros(tmp_path):
     captions = labels_json([[name, "a red fox"] for name in NAMES])
     for i, more in enumerate(({}, {"dataset.json": b'{"labels": null}'},
