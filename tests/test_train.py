@@ -996,6 +996,9 @@ def test_metrics_hold_the_figures_that_a_person_watches(teacher, tmp_path):
     assert config["config"]["batch"] == 8 and config["versions"]["torch"] == torch.__version__
     assert sorted(p.name for p in (tmp_path / "stage1" / "samples").iterdir()) == [
         "000004.png", "000007.png"]
+    train.main(flags(teacher, tmp_path, "--method", "dmd2", "--regression-weight", "0.25",
+                     "--precision", "bf16"))            # nothing is left to be computed so
+    assert json.loads((tmp_path / "stage1" / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize("more", [["--stage", "2", "--no-external-sampling"], ["--method", "dmd2"]])

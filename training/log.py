@@ -149,7 +149,8 @@ class Log:
         self.every = LOG_EVERY * (config.ttur if config.stage else 4)
         self.writes = distributed.rank() == 0
         if self.writes:                                 # nothing refuses this run any more
-            write_config(self.folder, config, options)
+            if before.iterations < config.iterations or options.force:      # else it computes none
+                write_config(self.folder, config, options)
             self.metrics = Metrics(self.folder, before.iterations, before.unscored)
         self.clock, self.last = Clock(config.batch, before.seconds), before.iterations
         self.bar = progress(total=config.iterations, initial=before.iterations,
