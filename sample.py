@@ -286,9 +286,9 @@ def default_path(opened, texts, compare):
 
 # ---- From Python ----
 
-def load(source, device="cpu"):
-    """A student, or a teacher, to be called: load("runs/.../best.pt")(n=16, steps=3, seed=0)."""
-    opened, device = open_network(source), torch.device(device)
+def load(source, device="cpu", **how):
+    """To be called: load("best.pt")(n=16, steps=3, seed=0); of a teacher's pickle teacher=True."""
+    opened, device = open_network(source, **how), torch.device(device)
     network = prepare(opened.network, device)
 
     def images(n=1, steps=None, seed=0, asked=None):

@@ -312,6 +312,7 @@ def test_a_plain_state_dict_is_a_teacher_and_compare_finds_it(stage0, home, said
     assert code == 0 and "plain.pt (teacher)" in out
     code, out, _ = said(sample, "--dataset", "plain", "--heun", 2, "--n", 2)
     assert code == 0 and "plain.pt (teacher)" in out
+    assert sample.load("plain.pt", teacher=True)(n=1, steps=2).shape == (1, 3, 16, 16)
 
 
 def test_a_name_that_only_holds_that_of_a_known_data_set_is_the_users_own(home):
@@ -516,6 +517,7 @@ def test_a_plan_for_gpus_needs_none_and_says_size_time_and_space(stage0, said):
         rf"FLOPs of all iterations: (\S+); at {cost.TERAFLOPS} TFLOP/s a GPU, without evaluations: "
         r"(\S+) hours", out).groups())
     assert hours == pytest.approx(flops / 40e12 / 3600, rel=1e-2)
+    assert "images forward through a network to score: 0\n" in out     # without a reference
     pairs = 1000 * (16 * 16 * 3 * (4 + 2) + 8) / 2 ** 20
     assert f"disk space, noise-image pairs: {pairs:,.0f} MiB" in out
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from base.files import ROOT
-from metrics.judge import HEUN_STEPS
+from metrics.judge import HEUN_STEPS, lacks_reference
 from training.draws import steps_trained
 from training.plan import How, by_gpus, disk, process_memory, rehearsed
 from training.rehearsal import Rehearsal, Remembered, one_image, shapes_alone
@@ -67,10 +67,10 @@ def pair_passes(config):
     return bool(config.regression_weight) * config.regression_pairs * one
 
 
-def totals(config, counted):
+def totals(config, counted, scores=True):
     """Images through a forward and through a backward pass, over the whole run."""
     scored = 0
-    if config.evaluate_every:
+    if config.evaluate_every and scores:
         scored = -(-config.iterations // config.evaluate_every) * config.evaluate_images
     if config.stage == 0:
         return {"updates": config.iterations, "images seen": config.iterations * config.batch,
@@ -119,7 +119,8 @@ def report(iterate, stage):
     total = math.fsum(sizes.values())
     counted = count(iterate, config, network)
     lines = [f"  {name}: {value}" for name, value in vars(config).items()]
-    lines += [f"{name}: {value:,}" for name, value in totals(config, counted).items()]
+    lines += [f"{name}: {value:,}" for name, value in totals(
+        config, counted, not lacks_reference(config, options)).items()]
     flops = counted.flops * config.batch
     hours = flops / (TERAFLOPS * 1e12 * options.world_size) / 3600
     lines += [f"parameters of the {'adapters' if config.lora else 'network'}: "

@@ -70,7 +70,7 @@ def of_teacher(args, source):
 
 
 def of_images(args):
-    name = args.dataset or Path(args.data).stem
+    name = args.dataset or Path(os.path.abspath(args.data)).stem
     if name in DATASETS:
         return known(name, DATASETS[name].teacher)
     images = open_images(args.data, args.cache)
