@@ -91,8 +91,9 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="FOLDER")
     parser.add_argument("--against", choices=AXES, default="iterations",
                         help="the axis: passes are forward passes, a backward one counted as one "
-                             "more through frozen weights and two into trained ones (default: "
-                             "iterations)")
+                             "more through frozen weights and two into trained ones, and those "
+                             "for DMD's pairs come first; seconds and hours are of the loop, "
+                             "without these (default: iterations)")
     parser.add_argument("--out", default="compare-runs.png", help="default: compare-runs.png")
     args = parser.parse_args(argv)
     if Path(args.out).suffix != ".png" or not Path(args.out).resolve().parent.is_dir():
