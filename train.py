@@ -217,8 +217,8 @@ def distill(config, options, device, stop):
                        cache_enabled=not options.shard)     # it would keep every weight whole
     iterate = iteration_of(config)
     log = Log(config, options, device, before, stop, scorer, Passes(iterate, config))
-    if before.unscored and log.score_due(before.iterations - 1):
-        log.save(roles, optimizers, before.iterations, score=True)
+    if before.lost or before.unscored and log.score_due(before.iterations - 1):
+        log.save(roles, optimizers, before.iterations, score=bool(log.scorer))
 
     for step in range(before.iterations, config.iterations):
         set_rate(config, step, optimizers)

@@ -442,6 +442,32 @@ def test_best_holds_the_lowest_fid_of_the_stages_own_step_count(teacher, tmp_pat
         assert figures == pytest.approx(latest["fid"][str(one["evaluations"])], rel=1e-6)
 
 
+def test_best_is_of_one_way_of_judging_and_comes_back_where_it_is_gone(teacher, tmp_path, capsys):
+    def trained(iterations, *more):
+        capsys.readouterr()
+        train.main(flags(teacher, tmp_path, "--stage", "1", "--force", *more,
+                         iterations=iterations))
+        return checkpoint.load(best), capsys.readouterr().out
+
+    best, more = tmp_path / "stage1" / "best.pt", ("--evaluate-images", "16")
+    first, _ = trained(2)
+    checkpoint.save(best, first | {"best_fid": 1e-3})
+    assert trained(3)[0]["iteration"] == 2
+    other, said = trained(4, *more)                     # no figure of the first is comparable
+    assert other["iteration"] == 4
+    assert f"done; best digits-FID@1 {other['best_fid']:.4g}, after 4 iterations" in said
+    best.unlink()
+    again, _ = trained(4, *more)
+    assert (again["iteration"], again["best_fid"]) == (4, other["best_fid"])
+    scored = [line["iteration"] for line in run_folder.read_metrics(
+        tmp_path / "stage1" / "metrics.jsonl") if "digits-FID@1" in line]
+    assert scored == [1, 2, 3]
+    newest, said = trained(6, "--evaluate-every", "0")
+    assert newest["iteration"] == 6 and "done; the newest weights" in said
+    best.unlink()
+    assert trained(6, "--evaluate-every", "0")[0]["iteration"] == 6
+
+
 def test_own_sampling_compares_with_the_previous_student_on_the_students_own_inputs():
     config, roles, sources, options = networks(["--stage", "2", "--no-external-sampling"])
     with torch.no_grad():

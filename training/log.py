@@ -16,8 +16,8 @@ from images.pictures import draw_curves, grid, save_png
 from metrics.judge import HEUN_STEPS
 from models import Guided, level, sample_every_step, sample_heun, sample_seeds, sample_student
 from training.roles import payload, whole_network
-from training.run_folder import Metrics, kept, read_metrics, write_config
-from weights.checkpoint import save, save_latest
+from training.run_folder import Metrics, judged_by, kept, read_metrics, write_config
+from weights.checkpoint import load, save, save_latest
 from weights.opening import TEXT_GUIDANCE, steps_text
 
 LOG_EVERY = 5                   # student updates between two lines of metrics.jsonl; of stage 0 20
@@ -232,7 +232,8 @@ class Log:
                              scores)
         if self.writes:
             if better:                                  # before latest.pt, which knows of it
-                save(self.folder / "best.pt", best_of(latest, fid))
+                save(self.folder / "best.pt", best_of(latest, fid) | {
+                    "judged_by": judged_by(self.config, self.options)})
             if scores:
                 flat = {f"{name}@{k}": v for k, score in scores.items()
                         for name, v in score.items()}
@@ -267,15 +268,11 @@ class Log:
 
     def summary(self):
         """What the run came to, and how to look at it."""
-        own = f"@{self.config.stage or 'heun'}"
-        scored = [(value, line["iteration"] + 1, name) for line in read_metrics(self.metrics.path)
-                  for name, value in line.items() if "FID" in name and name.endswith(own)]
-        best = self.folder / "best.pt"
-        if not scored:
-            told = f"done; the newest weights: {best}"
-        else:
-            value, iteration, name = min(scored)
-            told = f"done; best {name} {value:.4g}, after {iteration:,} iterations: {best}"
+        own, best = str(self.config.stage or "heun"), self.folder / "best.pt"
+        found = load(best)
+        told = next((f"done; best {name}@{own} {value:.4g}, after {found['iteration']:,} "
+                     f"iterations: {best}" for name, value in found["fid"].get(own, {}).items()
+                     if "FID" in name), f"done; the newest weights: {best}")
         how = f"--steps {self.config.stage}" if self.config.stage else "--teacher"
         how += ' --prompt "..."' if self.options.prompts else ""
         return f"{told}\nlook at it: python sample.py --checkpoint {best} {how}"

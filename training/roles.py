@@ -20,6 +20,7 @@ from images.captioned import prompts_for
 from metrics.judge import dataset_of
 from models import AdaptedWithHead, Guided
 from presets.config import both_betas
+from training.run_folder import judged_by
 from weights import checkpoint
 from weights.lora import LoRA
 from weights.opening import Opened, find_teacher, open_network, steps_text
@@ -308,14 +309,16 @@ class Before(NamedTuple):
     seconds: float = 0.0
     best_fid: float = math.inf
     unscored: bool = False              # stopped before it could be evaluated
+    lost: bool = False                  # done, and its best.pt is gone
 
 
 def resume(config, options, roles, optimizers):
     """Load latest.pt into the roles; returns what came before."""
     folder = options.folder
     saved = checkpoint.load_latest(folder, say=say, needs=checkpoint.RESUMED)   # on the CPU
+    best_fid = checkpoint.best_fid(folder, judged_by(config, options))
     if saved is None:
-        return Before(best_fid=checkpoint.best_fid(folder))
+        return Before(best_fid=best_fid)
     for what, digest in saved.get("made_from", {}).items():
         if digest != roles.made_from.get(what) and not options.force:
             name = {"teacher": f"--teacher {config.teacher}",
@@ -341,4 +344,5 @@ def resume(config, options, roles, optimizers):
             group.update(betas=betas, weight_decay=config.weight_decay)
     say(f"resuming {folder} after {saved['iteration']} iterations")
     seconds = saved.get("seconds", 0.0)                 # 0 of a run that did not keep them yet
-    return Before(saved["iteration"], seconds, checkpoint.best_fid(folder), not saved["fid"])
+    lost = saved["iteration"] >= config.iterations and not (folder / "best.pt").exists()
+    return Before(saved["iteration"], seconds, best_fid, not saved["fid"] or lost, lost)

@@ -60,6 +60,11 @@ def open_run(folder, config, options):
     return lock, made
 
 
+def judged_by(config, options):
+    """What makes two scores of a run comparable."""
+    return [config.evaluate_images, str(options.reference), str(options.inception)]
+
+
 def write_config(folder, config, options):
     now, how = as_json(config, options)
     on_cpu = {"device": "cpu"} if options.device == "cpu" else {}       # though a GPU is there

@@ -158,13 +158,15 @@ def load_latest(folder, say=print, needs=()):
     return None
 
 
-def best_fid(folder):
-    """What best.pt stands for: infinite where there is none, or none that could be used."""
+def best_fid(folder, judged_by=None):
+    """What best.pt stands for: infinite where there is none, none that could be used, or one that
+    was judged otherwise."""
     path = Path(folder) / "best.pt"
     try:
-        return load(path, needs=("best_fid",))["best_fid"] if path.exists() else math.inf
+        best = load(path, needs=("best_fid",)) if path.exists() else {"best_fid": math.inf}
     except DamagedCheckpoint:
         return math.inf
+    return best["best_fid"] if best.get("judged_by", judged_by) == judged_by else math.inf
 
 
 def network_from(payload, weights="ema", source="the checkpoint"):
