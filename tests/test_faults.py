@@ -251,8 +251,11 @@ def test_best_is_replaced_by_a_better_one_or_where_it_is_damaged_and_never_by_a_
             (stage / file).unlink()
         finished("train", *flags(teacher, stage.parent, *STAGE_1), log=tmp_path / "log")
         assert (stage / "best.pt").read_bytes() == before
+    judged_by = better["judged_by"]
+    assert checkpoint.best_fid(stage, judged_by) == 1e-3
     (stage / "best.pt").write_bytes(before[:-1])
-    assert checkpoint.best_fid(stage) == math.inf == checkpoint.best_fid(tmp_path)
+    assert checkpoint.best_fid(stage, judged_by) == math.inf == checkpoint.best_fid(
+        tmp_path, judged_by)
     finished("train", *flags(teacher, stage.parent, *STAGE_1, iterations=8), "--force",
              log=tmp_path / "log")
     assert checkpoint.load(stage / "best.pt")["iteration"] == 8

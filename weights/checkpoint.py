@@ -158,7 +158,7 @@ def load_latest(folder, say=print, needs=()):
     return None
 
 
-def best_fid(folder, judged_by=None):
+def best_fid(folder, judged_by):
     """What best.pt stands for: infinite where there is none, none that could be used, or one that
     was judged otherwise."""
     path = Path(folder) / "best.pt"
