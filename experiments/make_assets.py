@@ -100,6 +100,9 @@ def export(source, out):
         raise UserError(f"cannot write {out}; wanted: an OUT.pt in a folder that can be written to")
     names = ("dataset", "method", "stage", "sigmas", "network", "iteration", "fid", "ema")
     payload = load(source, needs=names)
+    if "pipeline" in payload:
+        raise UserError(f"{source} makes pictures from text: python text_to_image.py export "
+                        f"{source} {out.with_suffix('')}")
     save(out, {name: payload[name] for name in (*names, "class_names") if name in payload})
 
 

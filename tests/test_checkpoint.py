@@ -487,3 +487,7 @@ def test_a_student_alone_is_what_sampling_needs_of_a_runs_best(tmp_path):
             make_assets.main(wrong)
     with pytest.raises(UserError, match="cannot write .*student.txt"):
         make_assets.main(["export", str(tmp_path / "best.pt"), str(tmp_path / "student.txt")])
+    save(tmp_path / "text.pt", kept | {"pipeline": "a-pipeline"})
+    with pytest.raises(UserError, match="from text: python text_to_image.py export .*text.pt"):
+        make_assets.main(["export", str(tmp_path / "text.pt"), str(tmp_path / "other.pt")])
+    assert not (tmp_path / "other.pt").exists()

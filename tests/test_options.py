@@ -770,6 +770,8 @@ def test_the_seconds_left_follow_from_the_pace_and_leave_out_the_pauses(monkeypa
     assert clock.read(iterations=5, left=100) == {"images_per_second": 2.0, "seconds_left": 400}
     now[0] += 4
     assert clock.read(iterations=1, left=0) == {"images_per_second": 2.0, "seconds_left": 0}
+    now[0] += 12_000                                            # a pace that two digits would end
+    assert clock.read(iterations=1, left=0)["images_per_second"] == 0.0006667
 
 
 def test_a_step_drawn_at_random_has_nothing_to_unforget():

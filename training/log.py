@@ -133,7 +133,7 @@ class Clock:
         pace = self.batch * iterations / max(self.seconds, 1e-9)
         self.seconds = 0.0
         self.go_on()
-        return {"images_per_second": round(pace, 2),
+        return {"images_per_second": float(f"{pace:.4g}"),
                 "seconds_left": round(left * self.batch / pace)}
 
 
