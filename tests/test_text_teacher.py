@@ -160,3 +160,11 @@ def test_a_student_wants_a_pipeline_not_the_stage_0_itself(monkeypatch, capsys):
     assert call(monkeypatch, train, "--dataset", "emoji", "--stage", "1", "--folder", "exported",
                 "--prompts", "prompts.txt") == 2
     assert "text_to_image.py export exported/stage0/best.pt" in capsys.readouterr().err
+
+
+def test_its_plan_says_that_the_text_encoder_is_not_in_it(monkeypatch, capsys):
+    assert call(monkeypatch, train, *STAGE_0, "--dry-run") == 0
+    unet = sum(value.numel() for value in load_teacher("pipeline").state_dict().values())
+    out = capsys.readouterr().out
+    assert f"parameters of the network: {unet:,}\n" in out
+    assert "The text encoder, which learns with the U-Net" in out.splitlines()[-1]

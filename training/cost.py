@@ -98,9 +98,10 @@ def totals(config, counted, scores=True):
 def network_of(config, options):
     """The teacher's own where it is here, and a UserError as of the run; else the data set's."""
     here = [path for path in (config.teacher, ROOT / config.teacher) if os.path.exists(path)]
-    if not (config.stage and here):
+    text = "unet" in options.network
+    if not ((config.stage or text) and here):           # stage 0 of text goes on from a pipeline
         return options.network
-    if "unet" in options.network and os.path.exists(os.path.join(here[0], "model_index.json")):
+    if text and os.path.exists(os.path.join(here[0], "model_index.json")):
         return teacher_configuration(here[0])
     network = load_teacher(config, options, torch.device("cpu")).network
     check_teacher(config, network)
@@ -141,4 +142,6 @@ def report(iterate, stage):
         lines += [f"memory, all tensors of one of {n} processes, with one pass of so many images: "
                   f"{size / 2**20:,.0f} MiB"
                   for _, n, size in by_gpus(iterate, config, network, [on_gpus], GPUS)]
+        if not config.stage:
+            lines += ["The text encoder, which learns with the U-Net, comes on top of all these."]
     return "\n".join(lines)
