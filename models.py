@@ -9,6 +9,7 @@ None; output="encoder" gives the features of its encoder. It tells:
     sigma_data            its denoising loss has the weight sigma^-2 + sigma_data^-2
     conditions            what can be asked of it (Conditions)
     encoder_channels, encoder_resolution        of these features, for DMD2's head
+    config                of what is trained or saved: the arguments that rebuild it
     blocks                its largest parts, each called once in a pass: --shard, --recompute
     pixels                x0 -> uint8 images [B,C,H,W]
 
@@ -139,6 +140,11 @@ class Guided(nn.Module):
         twice = torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both
         without, asked = self.network(*twice).chunk(2)
         return without + self.weight * (asked - without)
+
+
+def unguided(network):
+    """The network itself, where guidance is around it."""
+    return network.network if isinstance(network, Guided) else network
 
 
 # ---- Sampling ----

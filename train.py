@@ -39,7 +39,7 @@ from training.noise_pairs import noise_image_pairs
 from training.options import parse
 from training.passes import Passes
 from training.roles import load_roles, resume, whole_network
-from training.run_folder import drop_unused, kept, open_run
+from training.run_folder import drop_unused, open_run, what_is_left
 
 
 def iteration(config, roles, optimizers, parts, student_turn, autocast=nullcontext):
@@ -180,7 +180,7 @@ def set_rate(config, step, optimizers):
 
 def open_real(options, roles, network, device, stop):
     """Images, or for text to image their latents."""
-    if roles.opened and roles.opened.base:
+    if roles.base:
         return latents_of(options.data, roles.opened, network, options.folder, device, stop)
     images = open_images(options.data, options.cache)
     check_fits(images, network)
@@ -201,6 +201,12 @@ def open_sources(config, options, roles, device, stop):
     return Sources(network.shape, network.levels.to(device), network.conditions, real, pairs)
 
 
+def autocast_of(options, device):
+    return partial(torch.autocast, device.type, torch.bfloat16,
+                   enabled=options.precision == "bf16",
+                   cache_enabled=not options.shard)         # it would keep every weight whole
+
+
 def distill(config, options, device, stop):
     """Set-up, then for each iteration: draw, iterate, log. Returns an exit code."""
     roles = load_roles(config, options, device)
@@ -212,9 +218,7 @@ def distill(config, options, device, stop):
                                              roles.opened.pipeline)
     scorer = Scorer(config, options, device)            # before the long work: it may lack a file
     sources = open_sources(config, options, roles, device, stop)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16,
-                       enabled=options.precision == "bf16",
-                       cache_enabled=not options.shard)     # it would keep every weight whole
+    autocast = autocast_of(options, device)
     iterate = iteration_of(config)
     log = Log(config, options, device, before, stop, scorer, Passes(iterate, config))
     if before.lost or before.unscored and log.score_due(before.iterations - 1):
@@ -273,7 +277,7 @@ def run_stage(stage, device, stop):
     try:
         return distill(stage.config, stage.options, device, stop)
     except BaseException as error:
-        left = kept(stage.options.folder)
+        left = what_is_left(stage.options.folder)
         drop_unused(stage.options.folder, made)
         compiler = (stage.options.compile and isinstance(error, Exception) and not isinstance(
             error, (UserError, RunFailed)) and not out_of_memory(error))

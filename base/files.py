@@ -39,6 +39,11 @@ def file_digest(path, algorithm="sha256", length=None):
     return digest.hexdigest()
 
 
+def lines_digest(lines):
+    """sha256 of texts, a line each; a file's name may hold bytes that are no text."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def load_tensors(path, **how):
     """What torch.save wrote; no code in it runs. It compresses nothing: a zip that unpacks to more
     than its own size is a bomb."""

@@ -34,7 +34,8 @@ from base.files import write_json
 from experiments.bench_files import make_job
 from experiments.bench_sampling import random_inputs, sampling, scoring, seconds_of, spread
 from metrics.lpips import LPIPS
-from training import cost, options as train_options, plan, rehearsal
+from models import unguided
+from training import cost, options as train_options, plan
 from training.draws import draw, steps_trained
 from training.log import Log
 from training.passes import smallest
@@ -59,8 +60,7 @@ class Loop:
                 else LPIPS().to(job.device, memory_format=torch.channels_last))
         stop = SimpleNamespace(received=None)
         self.sources = train.open_sources(config, options, self.roles, job.device, stop)
-        self.autocast = partial(torch.autocast, job.device.type, torch.bfloat16,
-                                enabled=options.precision == "bf16")
+        self.autocast = train.autocast_of(options, job.device)
         self.iterate = train.iteration_of(config)
         self.log = Log(config, options, job.device, Before(), stop)
         self.log.bar.total = iterations
@@ -103,7 +103,7 @@ class Limit:
         if one not in self.calls:
             roles, size = self.loop.roles, one.batches * self.job.options.batch_per_gpu
             network = (roles.distance if one.role == "distance" else
-                       rehearsal.passed(roles, one.role))
+                       unguided(getattr(roles, one.role)))
             x, sigma, y = random_inputs(roles.student, size, self.job.device)
             self.calls[one] = partial(self.make, parts, network, one, x,
                                       (-x,) if one.role == "distance" else (sigma, y))

@@ -94,7 +94,7 @@ def scoring(job, repeats, rate):
     frechet = median(seconds_of(lambda: frechet_distance(*ours, *theirs), device)
                      for _ in range(repeats))
     found = {"features": judge.name, "features_a_second": features, "frechet_seconds": frechet,
-               "frechet_dimensions": judge.dimensions}
+             "frechet_dimensions": judge.dimensions}
     if not rate:
         return found
     outputs, blocks = max(len(config.sigmas), 1), seed_blocks(range(SCORED), network, device)
@@ -107,6 +107,6 @@ def scoring(job, repeats, rate):
     seconds = config.evaluate_images * (1 / made + outputs / features) + outputs * frechet
     between = config.evaluate_every * config.batch / rate
     return found | {"images_of_an_evaluation": config.evaluate_images,
-                      "seconds_of_an_evaluation": seconds,
-                      "seconds_of_training_between": between,
-                      "share_of_training": seconds / between}
+                    "seconds_of_an_evaluation": seconds,
+                    "seconds_of_training_between": between,
+                    "share_of_training": seconds / between}

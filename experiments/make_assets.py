@@ -23,7 +23,7 @@ from metrics.digits_classifier import WEIGHTS, DigitsNetwork
 from weights.checkpoint import load, save
 
 
-def make_digits(path=DIGITS):
+def make_digits():
     """The embedded digits from scikit-learn's copy of the published file (an extra, only here)."""
     try:
         from sklearn.datasets import load_digits
@@ -31,8 +31,8 @@ def make_digits(path=DIGITS):
         raise UserError("making assets/digits.npz needs scikit-learn: "
                         "pip install scikit-learn") from None
     published = load_digits()
-    write_arrays(path, images=published.images.astype(np.uint8),
-              labels=published.target.astype(np.uint8))
+    write_arrays(DIGITS, images=published.images.astype(np.uint8),
+                 labels=published.target.astype(np.uint8))
 
 
 def held_out(labels):

@@ -13,7 +13,7 @@ from base.progress import progress
 from presets.rows import find
 from text_to_image import SD15_NETWORK, SDXL_NETWORK
 from train import iteration
-from training.plan import memory
+from training.plan import ACTIVATIONS, memory
 
 RANK = 64                       # DMD2's
 # (text, configuration, network, images of a pass)
@@ -25,7 +25,7 @@ ROWS = (("SD v1.5, stage 1", find("sd15", "pmdd", 1).config, SD15_NETWORK, (1, 2
 def gib(plans):
     """What is there before any image; and everything, by the images of a pass."""
     first = next(iter(plans.values()))
-    alive = first["activations and noise beside them"]
+    alive = first[ACTIVATIONS]
     return {"weights": (sum(first.values()) - alive) / 2 ** 30,
             "frozen": first["teacher and previous student"] / 2 ** 30,
             **{str(size): sum(plan.values()) / 2 ** 30 for size, plan in plans.items()}}

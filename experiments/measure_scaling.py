@@ -22,12 +22,12 @@ from tqdm import tqdm
 from base.errors import Parser, run
 from base.files import ROOT, write_json
 from edm_networks import EDMPrecond
+from images.pictures import save_png
 from metrics.inception import Inception
 from presets.datasets import DATASETS
 from presets.rows import find
 from train import iteration
 from training import cost
-from weights.checkpoint import write_atomically
 
 BATCHES, WIDTHS, STAGES = (8, 16, 32, 64, 128, 256, 512), (8, 16, 32, 64, 96), (1, 2, 3)
 PROCESSES = (1, 2)
@@ -47,7 +47,7 @@ BOUNDS = {
                  "they exchange"}
 
 
-def bench(*flags, processes=1, threads=1):
+def bench(*flags, processes=1):
     start = [sys.executable] + ["-m", "torch.distributed.run", "--standalone",
                                 f"--nproc_per_node={processes}"] * (processes > 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ def bench(*flags, processes=1, threads=1):
                         "--iterations", "4", "--repeats", "3", "--json", f"{folder}/out.json",
                         *map(str, flags)], cwd=ROOT,
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                       env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
         training = json.loads(Path(f"{folder}/out.json").read_text())["runs"][0]["training"]
     return {"seconds_of_an_iteration": training["seconds_of_an_iteration"]["median"],
             "images_a_second": training["images_a_second"],
@@ -135,7 +135,7 @@ def draw(curves, path, width=250, height=190, margin=42):
         for value in (y[0], y[-1]):
             there = bottom - (bottom - top) * math.log(value / low) / math.log(high / low)
             pen.text((left - margin + 4, there - 6), f"{value:.0f}", fill="black")
-    write_atomically(path, lambda temporary: picture.save(temporary, "PNG"))
+    save_png(picture, path)
 
 
 def main():
@@ -145,7 +145,7 @@ def main():
               "cores": os.cpu_count(), "threads_a_process": 1, "dataset": "digits",
               "method": "pmdd", "measured": curves, "assumed": ASSUMED, "computed": computed()}
     write_json(ROOT / "results" / "bench-scaling.json", report)
-    draw(curves, (ROOT / "results" / "scaling.png"))
+    draw(curves, ROOT / "results" / "scaling.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from base.progress import progress
 from presets.datasets import DATASETS
 from presets.rows import find
 from train import iteration
-from training.plan import memory
+from training.plan import ACTIVATIONS, memory
 
 # (text, method, stage, processes, precision, images of a pass)
 ROWS = (("stage 1, one GPU", "pmdd", 1, 1, "bf16", (1, 10, 20, 40)),
@@ -29,11 +29,10 @@ def main():
         config = find("sd15", method, stage).config
         plans = {size: memory(iteration, config, network, size, processes, precision, on_gpu=True)
                  for size in sizes}
-        activations = [plan.pop("activations and noise beside them") for plan in plans.values()]
+        first = plans[sizes[0]]
         planned.append({"what": text, "gib": {
-            "weights": sum(plans[sizes[0]].values()) / 2 ** 30,
-            **{str(size): (sum(plan.values()) + activation) / 2 ** 30
-               for (size, plan), activation in zip(plans.items(), activations)}}})
+            "weights": (sum(first.values()) - first[ACTIVATIONS]) / 2 ** 30,
+            **{str(size): sum(plan.values()) / 2 ** 30 for size, plan in plans.items()}}})
     write_json(ROOT / "results" / "text-memory.json", {
         "command": "python -m experiments.measure_text_memory", "torch": torch.__version__,
         "planned": planned})

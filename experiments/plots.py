@@ -1,6 +1,5 @@
 """Pictures of recorded runs for the README; the curves need matplotlib."""
 
-
 import numpy as np
 from PIL import Image
 
@@ -76,4 +75,4 @@ def progress(run, out, columns=2):
             strips.append(np.pad(strip, ((0, 5), (0, 0)), constant_values=255))
             labels.append(f"stage {stage.name[-1]}, iteration {int(file.stem):,}")
     picture = Image.fromarray(np.concatenate(strips))
-    save_png(add_row_labels(picture, labels, len(strips), strips[0].shape[0], 0, 255), out)
+    save_png(add_row_labels(picture, labels, len(strips), strips[0].shape[0]), out)

@@ -253,4 +253,5 @@ def parse(prog, description, *plans):
 
 def run_all(args, plan):
     names = [name for name in args.only if name in plan.runs]
-    (make_again if args.again else make_all)(plan, names, args.seeds, args.jobs)
+    if names:
+        (make_again if args.again else make_all)(plan, names, args.seeds, args.jobs)

@@ -1,6 +1,5 @@
 """Pictures of any size as squares of one, and their captions: a folder, a zip, or COCO."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +9,10 @@ import torch
 from PIL import Image
 
 from base.errors import UserError
-from base.files import file_digest, shown
+from base.files import file_digest, lines_digest, shown
 from images import emoji
 from images.prompts import read_prompts, whole
-from images.real import (Images, decode, emoji_pictures, is_image, listed, open_files, slashed)
+from images.real import Images, decode, emoji_pictures, is_image, listed, open_files, slashed
 
 COCO_CAPTIONS, COCO_PICTURES = "annotations/captions_val2014.json", "val2014"
 COCO_IMAGES = 30_000            # of the papers' figures
@@ -80,7 +79,7 @@ class Pictures(Images):
         super().__init__(str(path), (3, size, size), np.zeros(len(names), np.int64),
                          lambda number: cut(decode(path, names[number], read_bytes), size), 0)
         self.captions = captions_of(path, names, set(found), read_bytes) if captioned else None
-        self.order = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+        self.order = lines_digest(names)
 
 
 def open_captioned(source, size):
@@ -159,8 +158,7 @@ def read_captions(prompts, coco, n, dataset=None):
     kind = None if coco else kind_of_captions(dataset, prompts)
     if kind:
         texts = prompts_for(dataset, prompts, n or EMOJI_CAPTIONS)
-        digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-        return Asked(texts, {"prompts": {"file": f"emoji, {kind}", "sha256": digest,
+        return Asked(texts, {"prompts": {"file": f"emoji, {kind}", "sha256": lines_digest(texts),
                                          "choice": f"drawn by seed {emoji.CAPTIONS_SEED}"}})
     if not (prompts or coco):
         return Asked([], {})

@@ -10,14 +10,15 @@ The emoji are Noto Color Emoji's (Copyright Google, Apache License 2.0), rendere
 
 import re
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-GLYPHS = Path(__file__).resolve().parents[1] / "assets" / "emoji" / "glyphs.npz"
+from base.files import ASSETS
+
+GLYPHS = ASSETS / "emoji" / "glyphs.npz"
 SIDE = 32                                   # pixels of a picture
 ALONE, TOGETHER = (20, 22, 24, 26, 28), 16  # sides of an emoji: one of these alone, this beside one
 SIZES = (TOGETHER, *ALONE)

@@ -1,6 +1,7 @@
 """Real images.
 
-Only DMD2's GAN, stage 0 and references read any: distillation without a GAN needs none.
+Only DMD2's GAN, stage 0, references, and precision and recall read any: distillation without a
+GAN needs none.
 """
 
 import io
@@ -67,9 +68,8 @@ def open_images(source, cache=None):
     if not path.exists():
         raise UserError(f"no images at {path}: give digits, emoji, cifar10, a folder, a zip, or "
                         "CIFAR-10's binary archive, as --data or --images")
-    if path.is_dir():
-        return folder_or_zip(path)
-    return folder_or_zip(path) if zipfile.is_zipfile(path) else cifar10(path)
+    pictures = path.is_dir() or zipfile.is_zipfile(path)
+    return folder_or_zip(path) if pictures else cifar10(path)
 
 
 def load_digits():

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from base.errors import UserError
 from metrics.inception import in_chunks
-from text_to_image import library, reading, reason, require
+from text_to_image import library, reading, reason
 from weights.pipeline import load_frozen
 from weights.checkpoint import weights_digest
 
@@ -33,9 +34,10 @@ def locate(source):
     try:
         return Path(hub.snapshot_download(source, allow_patterns=list(FILES)))
     except Exception as error:
-        require(False, f"--clip-model {source} is no folder, and {', '.join(FILES)} of it cannot "
-                f"be had from the model hub into {hub.constants.HF_HUB_CACHE} ({reason(error)}); "
-                "a folder downloaded elsewhere can be given in its place")
+        raise UserError(f"--clip-model {source} is no folder, and {', '.join(FILES)} of it cannot "
+                        f"be had from the model hub into {hub.constants.HF_HUB_CACHE} "
+                        f"({reason(error)}); a folder downloaded elsewhere can be given in its "
+                        "place") from None
 
 
 class ClipScore:

@@ -80,8 +80,8 @@ class EmojiNetwork(nn.Module):
         return torch.tensor(verdicts).bool()
 
 
-def load_emoji_network(path=WEIGHTS, device="cpu"):
-    return load_trained(EmojiNetwork(), path, "accuracy").to(device)        # by kind of picture
+def load_emoji_network(device="cpu"):
+    return load_trained(EmojiNetwork(), WEIGHTS, "accuracy").to(device)        # by kind of picture
 
 
 # What it learns from ------------------------------------------------------------------------

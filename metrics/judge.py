@@ -25,7 +25,7 @@ from presets.datasets import DATASETS
 
 MANIFOLD = 10_000               # images of each kind that precision and recall hold in memory
 NEIGHBOURS = 3
-HEUN_STEPS = 18                 # of a teacher in training: 35 evaluations
+HEUN_STEPS = 18                 # of a teacher, where none are given: 35 evaluations
 TEXT_SIDE = 256                 # to which DMD, DMD2 and PMDD bring Stable Diffusion's pictures
 # What is scored by a network of its own, not by Inception, and the shape of its images.
 OWN = {"digits": (load_digits_network, (1, 8, 8)), "emoji": (load_emoji_network, (3, 32, 32))}

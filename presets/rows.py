@@ -1,4 +1,4 @@
-"""The papers' appendix tables: one frozen row for each run that they report, and ours for digits.
+"""The papers' appendix tables: one frozen row for each run that they report, and ours.
 
 A row holds the global batch; a command line is a row plus the flags that `Config` becomes.
 PMDD = App. A; DMD = arXiv:2311.18828 App. B; DMD2 = arXiv:2405.14867 App. F;

@@ -13,6 +13,7 @@ import train
 from experiments import bench, bench_sampling
 from experiments.bench_files import make_job
 from helpers import call
+from models import unguided
 from presets.datasets import CIFAR10, DATASETS, DIGITS
 from training import cost, options, plan, rehearsal
 from training.draws import draw, steps_trained
@@ -54,7 +55,7 @@ def watch(loop):
         return distance(x, y)
 
     for role in ("teacher", "previous", "student", "adapted", "ema"):
-        if network := rehearsal.passed(loop.roles, role):
+        if network := unguided(getattr(loop.roles, role)):
             network.register_forward_hook(note(role), with_kwargs=True)
     loop.roles.distance = noted
     return seen
@@ -197,9 +198,9 @@ def test_several_processes_keep_gradients_in_their_buckets():
     alone, two = (plan.memory(train.iteration, config, SMALL, 8, world_size=world_size)
                   for world_size in (1, 2))
     assert two["gradients"] == two["trained weights"] == 2 * alone["gradients"]
-    assert {k: v for k, v in two.items() if k not in ("gradients", ACTIVATIONS)} == {
-        k: v for k, v in alone.items() if k not in ("gradients", ACTIVATIONS)}
-    assert two[ACTIVATIONS] == pytest.approx(alone[ACTIVATIONS], rel=0.1)
+    assert {k: v for k, v in two.items() if k not in ("gradients", plan.ACTIVATIONS)} == {
+        k: v for k, v in alone.items() if k not in ("gradients", plan.ACTIVATIONS)}
+    assert two[plan.ACTIVATIONS] == pytest.approx(alone[plan.ACTIVATIONS], rel=0.1)
 
 
 def test_a_dry_run_says_what_the_whole_process_will_take(monkeypatch, capsys):
@@ -231,17 +232,14 @@ def test_the_plan_draws_what_an_iteration_draws(argv, tmp_path):
     assert shapes[0] == shapes[1] and len(shapes[0]) >= 6
 
 
-ACTIVATIONS = "activations and noise beside them"
-
-
 def test_bf16_halves_the_activations_and_no_weight():
     config = options.parse(["--dataset", "cifar10", "--stage", "1"])[0].config
     shallow = CIFAR10.network | {"num_blocks": 1}
     full, half = (plan.memory(train.iteration, config, shallow, 256, precision=precision)
                   for precision in ("fp32", "bf16"))
-    assert 0.45 < half[ACTIVATIONS] / full[ACTIVATIONS] < 0.7
-    assert {k: v for k, v in half.items() if k != ACTIVATIONS} == {
-        k: v for k, v in full.items() if k != ACTIVATIONS}
+    assert 0.45 < half[plan.ACTIVATIONS] / full[plan.ACTIVATIONS] < 0.7
+    assert {k: v for k, v in half.items() if k != plan.ACTIVATIONS} == {
+        k: v for k, v in full.items() if k != plan.ACTIVATIONS}
 
 
 def test_a_backward_pass_into_weights_costs_two_forward_passes_and_into_images_one():

@@ -13,7 +13,6 @@ from experiments import compare, measure_average, recipes
 from models import KARRAS
 from presets import rows
 from training import cost, plan, rehearsal
-from training.cost import Rehearsal, one_image
 from training.draws import Sources, draw
 from training.options import parse
 from training.passes import SMALLEST, WEIGHT, Passes
@@ -139,9 +138,9 @@ def test_passes_are_those_of_the_iterations(argv, each):
     (["--method", "dmd2", "--stage", "3", "--gan-weight", "0"], 4), (["--dataset", "emoji"], 1)])
 def test_the_smallest_network_has_the_passes_of_any(argv, steps):
     (_, config, options), = parse([*argv, *["--stage", "1"] * ("--stage" not in argv)])
-    rehearsal = Rehearsal(train.iteration, one_image(config), options.network)
+    rehearsed = rehearsal.Rehearsal(train.iteration, replace(config, batch=1), options.network)
     expected = sum(config.batch * one.batches * WEIGHT[one.gradient] for step in range(steps)
-                   for one in rehearsal.run(step, rehearsal.optimizers()))
+                   for one in rehearsed.run(step, rehearsed.optimizers()))
     assert Passes(train.iteration, config).until(steps) == expected
 
 
@@ -188,7 +187,7 @@ def test_each_image_has_several_noises_and_a_noise_range_is_kept():
     (_, config, options), = parse(["--stage", "1", "--batch", "64"])
     (_, more, _), = parse(["--stage", "1", "--batch", "64", "--adapted-noises", "2"])
     (_, low, _), = parse(["--stage", "1", "--batch", "64", "--noise-range", "0.3", "0.4"])
-    network = Rehearsal(train.iteration, config, options.network).sources
+    network = rehearsal.Rehearsal(train.iteration, config, options.network).sources
     sources = Sources(network.shape, KARRAS, network.conditions)
     one, = draw(config, 0, sources, options)
     assert one.sigma_adapted.shape == (64, 1, 1, 1, 1)

@@ -5,12 +5,16 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from base.errors import UserError
-from experiments import digits_tables, emoji_tables, recipes, recorded_runs, tables
+from experiments import digits_tables, emoji_tables, plots, recipes, recorded_runs, tables
 from helpers import call
+from images.pictures import grid
 from presets.config import Config
 from training import options
 
@@ -169,3 +173,27 @@ def test_a_mistake_ends_with_two_and_one_line(argv, said, monkeypatch, capsys):
     assert call(monkeypatch, tables, *argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error
+
+
+def test_the_picture_of_a_runs_progress_is_of_each_stages_first_middle_and_last_samples(tmp_path):
+    for stage, shades in (("stage1", (10, 20, 30)), ("stage2", (40, 50))):
+        (tmp_path / stage / "samples").mkdir(parents=True)
+        for k, shade in enumerate(shades):
+            cells = np.full((80, 1, 8, 8), shade, np.uint8)
+            grid(cells, 8).save(tmp_path / stage / "samples" / f"{100 * k:06d}.png")
+    plots.progress(tmp_path, tmp_path / "progress.png")
+    picture = np.asarray(Image.open(tmp_path / "progress.png"))
+    height = len(picture) // 6
+    found = [picture[k * height + height // 3, -5] for k in range(6)]
+    assert found == [10, 20, 30, 40, 50, 50]
+
+
+def test_a_plan_that_none_of_the_names_is_of_is_left_alone(monkeypatch):
+    made = []
+    for way in ("make_all", "make_again"):
+        monkeypatch.setattr(recorded_runs, way, lambda plan, names, *rest: made.append(names))
+    for again in (False, True):
+        args = SimpleNamespace(only=["digits-row"], seeds=[0], jobs=1, again=again)
+        for plan in recipes.PLANS.values():
+            recorded_runs.run_all(args, plan)
+    assert made == [["digits-row"]] * 2

@@ -570,7 +570,7 @@ def test_the_flops_of_a_plan_are_its_passes():
 def test_stage_2_at_batch_20_fits_one_gpu_of_80_gb_in_bf16():
     parameters, gib = 859_520_964, 2 ** 30
     sizes = plan.memory(train.iteration, preset(2), SD15, 20, precision="bf16", on_gpu=True)
-    activations = sizes.pop("activations and noise beside them")
+    activations = sizes.pop(plan.ACTIVATIONS)
     # Two trained networks, an average, one gradient, four moments; two frozen ones in bf16.
     assert sum(sizes.values()) == parameters * (4 * (2 + 1 + 1 + 4) + 2 * 2)
     assert activations / gib == pytest.approx(40 * 1.2, rel=0.1)    # two steps of 20 images

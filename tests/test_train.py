@@ -888,7 +888,7 @@ def test_the_pace_of_a_run_leaves_its_evaluations_out(tmp_path, monkeypatch):
         monkeypatch.setattr(log, name, lambda *args, **more: None)
     figures, images = {"denoising": torch.tensor(1.0)}, torch.zeros(2, 1, 8, 8)
     told.take(0, figures, images)
-    told.save(SimpleNamespace(ema=torch.nn.Linear(1, 1), opened=None), [], 1, score=True)
+    told.save(SimpleNamespace(ema=torch.nn.Linear(1, 1), base=None), [], 1, score=True)
     told.take(10, figures, images)
     pace = run_folder.read_metrics(tmp_path / "metrics.jsonl")[-1]["images_per_second"]
     assert pace > 10 * config.batch / 0.4

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from base.files import ROOT
 from metrics.judge import HEUN_STEPS, lacks_reference
 from training.draws import steps_trained
 from training.plan import How, by_gpus, disk, process_memory, rehearsed
-from training.rehearsal import Rehearsal, Remembered, one_image, shapes_alone
+from training.rehearsal import Rehearsal, Remembered, shapes_alone
 from training.roles import check_teacher, load_teacher
 from weights.pipeline import teacher_configuration
 
@@ -42,7 +43,7 @@ def kinds(config):
 
 def count(iterate, config, network):
     """The passes and FLOPs of a run for each image of its batch."""
-    rehearsal = Rehearsal(iterate, one_image(config), network)
+    rehearsal = Rehearsal(iterate, replace(config, batch=1), network)
     passes, flops = Counter(), 0
     for step, times in kinds(config):
         with Remembered(), FlopCounterMode(display=False) as counter:

@@ -16,7 +16,7 @@ from images.pictures import draw_curves, grid, save_png
 from metrics.judge import HEUN_STEPS
 from models import Guided, level, sample_every_step, sample_heun, sample_seeds, sample_student
 from training.roles import payload, whole_network
-from training.run_folder import Metrics, judged_by, kept, read_metrics, write_config
+from training.run_folder import Metrics, judged_by, read_metrics, what_is_left, write_config
 from weights.checkpoint import load, save, save_latest
 from weights.opening import TEXT_GUIDANCE, steps_text
 
@@ -27,7 +27,7 @@ SHOWN_PROMPTS, SHOWN_SIZE = 4, 256      # of text to image: rows, and pixels of 
 
 def save_samples(roles, sigmas, path, device):
     """The same noise every time: a row for each of ten classes, or ten rows without classes."""
-    if of_text(roles):
+    if roles.base:
         return save_prompted(roles, sigmas, path, device)
     network = whole_network(roles.ema, device)
     sampler, asked = partial(sample_heun, steps=HEUN_STEPS), None
@@ -50,11 +50,7 @@ def save_grid(picture, path):
 def after_divergence(folder):
     why = ("; go on from it with --force and a lower --learning-rate" if any(folder.glob("*.pt"))
            else ": the teacher or the images may not be finite, or --learning-rate is too high")
-    return kept(folder) + why
-
-
-def of_text(roles):
-    return roles.opened and roles.opened.base
+    return what_is_left(folder) + why
 
 
 @torch.no_grad()
@@ -142,7 +138,7 @@ class Log:
 
     def __init__(self, config, options, device, before, stop, scorer=None, passes=None):
         self.config, self.folder, self.best_fid = config, options.folder, before.best_fid
-        self.options, self.passes = options, passes
+        self.options, self.passes, self.own = options, passes, str(config.stage or "heun")
         self.scorer = scorer if scorer and scorer.judge else None
         self.device, self.stop, self.unread = device, stop, []
         self.newest, self.shown = {}, {}        # each loss as last read; what the bar shows
@@ -176,8 +172,7 @@ class Log:
     def take(self, step, losses, images):
         """Keep an iteration's losses on their device; read and write them when that is due."""
         self.unread.append((step, losses))
-        if self.writes:
-            self.bar.update(step + 1 - self.bar.n)
+        self.bar.update(step + 1 - self.bar.n)
         if self.due(step):
             self.write(step, self.read(), images)
 
@@ -222,8 +217,7 @@ class Log:
         scores = {}
         if score:
             scores = self.scorer.score(whole_network(roles.ema, self.device), self.config.sigmas)
-        own = str(self.config.stage) if self.config.stage else "heun"
-        fid = next((v for k, v in scores.get(own, {}).items() if "FID" in k), math.inf)
+        fid = next((v for k, v in scores.get(self.own, {}).items() if "FID" in k), math.inf)
         better = fid < self.best_fid or not self.scorer
         self.best_fid = min(fid, self.best_fid)
         together = self.writes or self.options.shard    # what is sharded no rank has alone
@@ -243,7 +237,7 @@ class Log:
                 self.bar.write(f"iteration {done}: "
                                + ", ".join(f"{k} {v:.4g}" for k, v in flat.items()))
                 self.show()
-        drawn = not score if of_text(roles) else score or not self.scorer
+        drawn = not score if roles.base else score or not self.scorer
         if together and drawn:
             save_samples(roles, self.config.sigmas, self.folder / "samples" / f"{done:06d}.png",
                          self.device)
@@ -268,10 +262,10 @@ class Log:
 
     def summary(self):
         """What the run came to, and how to look at it."""
-        own, best = str(self.config.stage or "heun"), self.folder / "best.pt"
+        best = self.folder / "best.pt"
         found = load(best)
-        told = next((f"done; best {name}@{own} {value:.4g}, after {found['iteration']:,} "
-                     f"iterations: {best}" for name, value in found["fid"].get(own, {}).items()
+        told = next((f"done; best {name}@{self.own} {value:.4g}, after {found['iteration']:,} "
+                     f"iterations: {best}" for name, value in found["fid"].get(self.own, {}).items()
                      if "FID" in name), f"done; the newest weights: {best}")
         how = f"--steps {self.config.stage}" if self.config.stage else "--teacher"
         how += ' --prompt "..."' if self.options.prompts else ""

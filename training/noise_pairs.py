@@ -1,9 +1,8 @@
 """The teacher's noise-image pairs for DMD's regression (DMD Sec. 3.3)."""
 
-import hashlib
-
 import numpy as np
 
+from base.files import lines_digest
 from images.from_seeds import heun
 from models import Guided, sample_seeds
 from training.kept import made_once
@@ -23,7 +22,7 @@ def noise_image_pairs(teacher, digest, count, steps, folder, batch, device, stop
     if isinstance(teacher, Guided):
         about["guidance"] = teacher.weight
     if texts := teacher.conditions.texts:
-        about["prompts"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+        about["prompts"] = lines_digest(texts)[:12]
 
     def make(part):
         rows = np.zeros(len(part), fields)

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from training.cost import Rehearsal, one_image, pair_passes
+from training.cost import pair_passes
 from training.draws import steps_trained
+from training.rehearsal import Rehearsal
 
 # What a pass costs in forward ones: back through frozen weights one more, for the gradient of
 # trained weights another.
@@ -15,7 +16,7 @@ SMALLEST = dict(img_resolution=4, img_channels=1, label_dim=1, model_type="SongU
 
 def smallest(iterate, config):
     """The iteration of this preset, on a network that takes no time."""
-    return Rehearsal(iterate, replace(one_image(config), lora=0), SMALLEST, device="cpu")
+    return Rehearsal(iterate, replace(config, batch=1, lora=0), SMALLEST, device="cpu")
 
 
 class Passes:

@@ -1,7 +1,6 @@
 """An iteration of a stage on the meta device: shapes alone, nothing is computed."""
 
 import copy
-import dataclasses
 from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from base.devices import recompute
 from images.real import Images
-from models import Conditions, Guided
+from models import Conditions, unguided
 from training.draws import Sources, draw
 from training.kept import Rows
 from training.roles import Roles, assemble, bare, store_frozen, trainable
@@ -107,12 +106,6 @@ def shapes_alone(network, device="meta"):
     return built
 
 
-def passed(roles, name):
-    """The network whose passes count as this role's: of a guided teacher, the one inside."""
-    network = getattr(roles, name)
-    return network.network if isinstance(network, Guided) else network
-
-
 class Rehearsal:
     """A stage's networks and sources, as a rule on the meta device, and the iteration that runs on
     them."""
@@ -128,7 +121,7 @@ class Rehearsal:
         roles.distance = self.distance
         roles.student_ddp, roles.adapted_ddp = roles.student, roles.adapted
         for name in ("teacher", "previous", "student", "adapted"):
-            if network := passed(roles, name):
+            if network := unguided(getattr(roles, name)):
                 network.requires_grad_(name in ("student", "adapted"))
                 network.register_forward_hook(self.hook(name), with_kwargs=True)
                 if recomputed:                          # a mode does not reach into a backward pass
@@ -179,7 +172,3 @@ class Rehearsal:
     def optimizers(self, keep_gradients=False):
         return [Unmoved(network, keep_gradients) for network in (self.roles.student,
                                                                   self.roles.adapted) if network]
-
-
-def one_image(config):
-    return dataclasses.replace(config, batch=1)

@@ -1,7 +1,6 @@
 """The networks of a run, each a role: what they start from, what is saved, how they resume."""
 
 import copy
-import hashlib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,12 @@ from base import distributed
 from base.devices import compile_network, recompute
 from base.distributed import say
 from base.errors import UserError
+from base.files import lines_digest
 from edm_networks import EDMPrecond
 from images import emoji
 from images.captioned import prompts_for
 from metrics.judge import dataset_of
-from models import AdaptedWithHead, Guided
+from models import AdaptedWithHead, Guided, unguided
 from presets.config import both_betas
 from training.run_folder import judged_by
 from weights import checkpoint
@@ -29,11 +29,9 @@ from weights.pipeline import with_text_encoder
 
 def load_teacher(config, options, device):
     """A published network or pipeline, a file in one of the published formats, or a stage 0."""
-    source, text = config.teacher, "unet" in options.network
-    if text:
-        prompts = prompts_of(config, options)           # before a pipeline is fetched
-    else:
-        source = find_teacher(source, config.dataset)
+    text = "unet" in options.network
+    prompts = text and prompts_of(config, options)      # before a pipeline is fetched
+    source = config.teacher if text else find_teacher(config.teacher, config.dataset)
     opened = open_network(source, teacher=True, dataset=config.dataset, cache=options.cache)
     if opened.sigmas:
         raise UserError(f"--teacher {config.teacher} is a student of {len(opened.sigmas)} steps")
@@ -120,6 +118,11 @@ class Roles:
     distance: Callable | None = None        # DMD's, between the student's images and the teacher's
     made_from: dict = field(default_factory=dict)       # hashes of the weights that they began with
 
+    @property
+    def base(self):
+        """Name of the pipeline around networks of text to image, else nothing."""
+        return self.opened and self.opened.base
+
     def wrap(self):
         """The trained networks as DistributedDataParallel sees them; alone, themselves."""
         self.student_ddp = distributed.parallel(self.student)
@@ -145,8 +148,7 @@ def load_roles(config, options, device):
         roles = assemble(config, teacher, begin)
         roles.made_from, roles.opened = made_from, opened
         if opened.base:
-            texts = "\n".join(opened.network.conditions.texts)
-            made_from["prompts"] = hashlib.sha256(texts.encode()).hexdigest()
+            made_from["prompts"] = lines_digest(opened.network.conditions.texts)
     roles.class_names = options.class_names
     if options.compile:
         say("compiling the networks: the first iterations can take minutes")
@@ -193,7 +195,7 @@ def whole_network(network, device):
     first = next(network.parameters())
     if not distributed.sharded(network) and first.device.type == torch.device(device).type:
         return network
-    inner = network.network if isinstance(network, Guided) else network
+    inner = unguided(network)
     state = {name: distributed.whole(value) for name, value in inner.state_dict().items()}
     copied = checkpoint.build_network(inner.config, state, "the run's own network").to(first.dtype)
     copied.conditions, copied.pixels = inner.conditions, inner.pixels
@@ -281,8 +283,8 @@ def payload(config, roles, optimizers, iteration, seconds, best_fid, scores):
         content["lora"] = config.lora
     for name, network in saved_networks(roles).items():
         content[name] = distributed.whole_on_rank_zero(network.state_dict())
-    if roles.opened and roles.opened.base:
-        content["pipeline"] = roles.opened.base
+    if roles.base:
+        content["pipeline"] = roles.base
     content["optimizers"] = [distributed.whole_on_rank_zero(optimizer.state_dict())
                              for optimizer in optimizers]
     return content

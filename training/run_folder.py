@@ -80,7 +80,7 @@ def as_json(config, options):
             {k: v if v is None else str(v) for k, v in vars(options).items()})
 
 
-def kept(folder):
+def what_is_left(folder):
     """What a run that fails leaves, to say so."""
     if not folder.exists():
         return f"{folder} is gone, and what was saved in it"
@@ -116,7 +116,7 @@ class Metrics:
                 file.write(json.dumps(values) + "\n")
         except OSError as error:
             raise RunFailed(f"cannot write {self.path}: {error.strerror}; "
-                            f"{kept(self.path.parent)}") from error
+                            f"{what_is_left(self.path.parent)}") from error
 
 
 def read_metrics(path):

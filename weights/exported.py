@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from base.files import ROOT, hidden_beside
+from base.files import ASSETS, ROOT, hidden_beside
 from text_to_image import build, library, reading, require
 from weights.pipeline import load_unet, locate, read_json
 from weights import checkpoint
 from weights.lora import LORA_FILE, as_diffusers, merged, parts_in, tensors_in
 
-CARD = Path(__file__).parents[1] / "assets" / "model_card.md"
+CARD = ASSETS / "model_card.md"
 LICENCES = {"stable-diffusion-v1": "creativeml-openrail-m", "stable-diffusion-2": "openrail++",
             "stable-diffusion-xl": "openrail++"}
 

@@ -74,7 +74,7 @@ def refuse_of_teachers(args):
 
 def churn_options(values):
     """--churn as sample_heun takes it."""
-    if len(values) not in (1, 4) or not all(0 <= value < float("inf") for value in values):
+    if len(values) not in (1, 4) or not all(0 <= value < math.inf for value in values):
         raise UserError(f"--churn {' '.join(map(str, values))}: wanted: one number, or four, "
                         "S_churn S_tmin S_tmax S_noise, none below 0")
     return dict(zip(("churn", "churn_min", "churn_max", "churn_noise"), values))

@@ -11,7 +11,7 @@ from base.distributed import from_rank_zero, say
 from base.download import PUBLISHED, cache_folder
 from base.errors import UserError
 from base.files import ROOT, file_digest, shown
-from models import Guided
+from models import Guided, unguided
 from presets.datasets import DATASETS
 from weights.pipeline import Pipeline, load_teacher as load_pipeline_network, name_of
 from weights import checkpoint
@@ -46,8 +46,7 @@ class Opened:
         """sha256 of its file; of a folder or a name on the hub, of the weights."""
         if self.path.is_file():
             return file_digest(self.path)
-        network = self.network.network if isinstance(self.network, Guided) else self.network
-        return checkpoint.weights_digest(network.state_dict())
+        return checkpoint.weights_digest(unguided(self.network).state_dict())
 
     def ask(self, prompts, flags, device, beside=None):
         """Prompts for a text-to-image network, and for no other. A network that is drawn beside it

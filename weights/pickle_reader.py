@@ -21,6 +21,8 @@ MAX_TEXT = 1 << 25            # characters of all strings, at up to 4 bytes each
 MAX_READ = 1 << 27            # bytes of one string or tensor
 SHORT_TEXT = 4096             # a longer string is kept as bytes: protocol 2 stores bytes as text
 
+PERSISTENT = "torch_utils.persistence _reconstruct_persistent_obj"
+MODULE_DICT = "torch.nn.modules.container ModuleDict"
 STORAGES = {
     "torch FloatStorage": torch.float32, "torch DoubleStorage": torch.float64,
     "torch HalfStorage": torch.float16, "torch BFloat16Storage": torch.bfloat16,
@@ -228,7 +230,7 @@ def without_arguments(make):
 def persistent(args, budget):
     meta, = args
     require(type(meta) is dict, "a network that is no dict")
-    return Record("torch_utils.persistence _reconstruct_persistent_obj", args)
+    return Record(PERSISTENT, args)
 
 
 def make_set(args, budget):
@@ -310,11 +312,10 @@ def parameter(args, budget):
     return value
 
 
-STATEFUL = {"torch.nn.modules.container ModuleDict", "numpy dtype"}
+STATEFUL = {MODULE_DICT, "numpy dtype"}
 CALLS = {
-    "torch_utils.persistence _reconstruct_persistent_obj": ("REDUCE", persistent),
-    "torch.nn.modules.container ModuleDict": (
-        "NEWOBJ", without_arguments(lambda: Record("torch.nn.modules.container ModuleDict", ()))),
+    PERSISTENT: ("REDUCE", persistent),
+    MODULE_DICT: ("NEWOBJ", without_arguments(lambda: Record(MODULE_DICT, ()))),
     "torch._utils _rebuild_parameter": ("REDUCE", parameter),
     "torch._utils _rebuild_tensor_v2": ("REDUCE", tensor),
     "torch.storage _load_from_bytes": ("REDUCE", storage),

@@ -13,13 +13,12 @@ from base.download import PUBLISHED, cache_folder, fetch_with_digest
 from base.errors import UserError, out_of_memory
 from base.files import file_digest, load_tensors, save_tensors, write_atomically
 from weights.checkpoint import build_network, check_plain
-from weights.pickle_reader import Record, UnsafePickle, read_pickle
+from weights.pickle_reader import (MODULE_DICT, PERSISTENT, Record, UnsafePickle,
+                                   read_pickle)
 
 PUBLISHED_NETWORKS = tuple(n for n, entry in PUBLISHED.items() if entry.name.endswith(".pkl"))
 INIT_ARGS = ("img_resolution", "img_channels", "label_dim", "use_fp16", "sigma_min", "sigma_max",
              "sigma_data", "model_type")  # EDMPrecond's arguments in their published order
-PERSISTENT = "torch_utils.persistence _reconstruct_persistent_obj"
-MODULE_DICT = "torch.nn.modules.container ModuleDict"
 
 
 def load_network(source, cache=None):

@@ -2,7 +2,6 @@
 
 import zipfile
 
-
 from base.distributed import say
 from base.files import load_tensors, shown
 from text_to_image import reading
@@ -10,7 +9,7 @@ from weights.checkpoint import build_network
 from weights.lora import merge, parts_in, tensors_in
 from weights.pipeline import load_teacher, teacher_configuration
 
-PUBLISHED = {"sd": [999], "xl": [999, 749, 499, 249], "xl-1step": [399]}       # timesteps
+TIMESTEPS = {"sd": [999], "xl": [999, 749, 499, 249], "xl-1step": [399]}
 
 
 def tensors_of(path):
@@ -37,7 +36,7 @@ def open_published(tensors, path, base, sigmas):
         return network, sigmas
     kind = "sd" if not any(network.y_rest) else (
         "xl-1step" if "1step" in str(path) else "xl")           # so are files and folders named
-    timesteps = PUBLISHED[kind]
+    timesteps = TIMESTEPS[kind]
     say(f"{shown(path)} does not say its timesteps: taken for DMD2's, {timesteps}; --sigmas gives "
         "others")
     return network, network.levels.table[timesteps].tolist()
