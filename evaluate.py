@@ -219,7 +219,8 @@ def network_job(opened, sampler, what, sampling, asked, args, device):
     protocol = {"images": n, "seeds": [f"{k * n}-{(k + 1) * n - 1}" for k in range(args.repeats)],
                 "labels": said, "rounding": ROUNDING,
                 "precision": args.precision + (", compiled" if args.compile else ""),
-                "source": {"file": opened.name, "sha256": opened.digest()}} | asked.protocol
+                "source": {"file": opened.name, "sha256": opened.digest(),
+                           **({"base": opened.base} if args.base else {})}} | asked.protocol
 
     def task(seeds):
         chosen = choose_classes(labels, seeds, n if asked.prompts else classes)
@@ -337,10 +338,9 @@ def main(argv=None):
     path = out_path(args.out, jobs[0].source, jobs[0].ours, args.force)
     judge, done = make_judge(jobs[0], args, device), []
     for job in jobs:
-        new = entries(job, judge, args, device)
-        done += new
+        done += entries(job, judge, args, device)
         if distributed.rank() == 0:                 # what is done is kept, whatever follows
-            record(path, new, args.force and job is jobs[0])
+            record(path, done, args.force)
     say(f"{table(done)}\n\nwrote {path}")
     distributed.finish()
     return 0

@@ -179,7 +179,7 @@ def memory_of(job, answer):
     set_precision(job.options.precision)
     foreseen = math.fsum(plan.memory(
         train.iteration_of(job.config), job.config, job.network, job.options.batch_per_gpu,
-        precision=job.options.precision, on_gpu=cuda).values())
+        precision=job.options.precision, recompute=job.options.recompute, on_gpu=cuda).values())
     process = None if cuda else plan.process_memory(foreseen)
     if not cuda:
         keep_freed_memory()
@@ -273,6 +273,7 @@ def measure(args, stage, device):
                     "loss": config.loss, "ttur": config.ttur, "batch": config.batch,
                     "batch_per_gpu": options.batch_per_gpu, "processes": options.world_size,
                     "precision": options.precision, "compile": options.compile,
+                    "recompute": options.recompute,
                     "network": job.network}
         if "train" in what:
             measured["training"] = training(job, args.repeats, cycle, args.warm_up,

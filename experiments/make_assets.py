@@ -98,6 +98,8 @@ def export(source, out):
     out = Path(out)
     if out.suffix != ".pt" or not os.access(out.resolve().parent, os.W_OK):
         raise UserError(f"cannot write {out}; wanted: an OUT.pt in a folder that can be written to")
+    if (out.parent / "config.json").exists():
+        raise UserError(f"{out} would be in a run's folder; choose another")
     names = ("dataset", "method", "stage", "sigmas", "network", "iteration", "fid", "ema")
     payload = load(source, needs=names)
     if "pipeline" in payload:

@@ -8,6 +8,7 @@ for the stage after.
 """
 
 import copy
+import math
 import shlex
 import sys
 
@@ -16,8 +17,9 @@ import torch
 from base.errors import UserError, run
 from base.files import ROOT, versions, write_json
 from base.progress import progress
-from metrics.judge import Scorer, perceptual_distance
+from metrics.judge import Scorer, lacks_reference, perceptual_distance
 from models import update_ema
+from presets.datasets import DATASETS
 from train import iteration, make_optimizers, open_sources, set_rate
 from training.draws import draw
 from training.log import StopSignal, best_of
@@ -61,7 +63,7 @@ def measure(config, options):
         moved = step % config.ttur == 0
         iteration(config, roles, optimizers, parts, moved)
         for name, (rampup, limit) in AVERAGES.items() if moved else ():
-            halflife = config.ema_halflife if limit == ROWS_OWN else float("inf")
+            halflife = config.ema_halflife if limit == ROWS_OWN else math.inf
             update_ema(averages[name], roles.student, config.batch, halflife, rampup,
                        parts[0].seen)
         if (step + 1) % config.evaluate_every == 0:
@@ -70,7 +72,7 @@ def measure(config, options):
                 for name, network in ({WEIGHTS: roles.student} | averages).items()})
             print({name: value[0] for name, value in curve[-1].items() if name != "iterations"})
     save(options.folder / "best.pt", best_of(payload(
-        config, roles, optimizers, config.iterations, 0.0, 0.0, {}), 0.0))
+        config, roles, optimizers, config.iterations, 0.0, math.inf, {}), math.inf))
     return curve
 
 
@@ -83,6 +85,10 @@ def main():
         raise UserError(f"{options.folder} holds a run; give another --folder")
     if not config.evaluate_every:
         raise UserError("allowed: --evaluate-every above 0")
+    if options.dry_run or options.device not in (None, "cpu") or options.precision != "fp32":
+        raise UserError("it trains, on the CPU in fp32: leave out --dry-run, --device, --precision")
+    if config.dataset not in DATASETS or lacks_reference(config, options):
+        raise UserError(f"allowed: a row of {', '.join(DATASETS)} with a reference (--reference)")
     curve = measure(config, options)
     command = f"python -m experiments.measure_average {shlex.join(sys.argv[1:])}"
     path = ROOT / "results" / "average" / (

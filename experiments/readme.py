@@ -213,7 +213,7 @@ def averages_of_rows():
     """The weights and the row's own average, from the second evaluation on, of each block."""
     rows = []
     for path in sorted((ROOT / "results" / "average").glob("*.json")):
-        dataset, method, stage = path.stem.split("-")
+        dataset, method, stage = path.stem.rsplit("-", 2)
         share = f"{find(dataset, method, int(stage)).config.ema_rampup:g}"
         rows += [[f"{dataset}, {method}, stage {stage}", f"{one['iterations']:,}",
                   *(f"{value:.2f}" for name in ("weights", share) for value in one[name])]

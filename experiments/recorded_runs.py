@@ -5,6 +5,7 @@ results/, its checkpoints under runs/.
 """
 
 import argparse
+import itertools
 import os
 import shlex
 import shutil
@@ -150,7 +151,8 @@ def make(plan, name, seed, others, needed=None):
     kept = ROOT / plan.kept / name / f"seed{seed}"
     kept.mkdir(parents=True, exist_ok=True)
     for old in kept.glob("*.json"):
-        old.unlink()
+        if old.name != "constant-average.json":             # of before, which nothing makes again
+            old.unlink()
     began = time.monotonic()
     for command in commands:
         execute(command)
@@ -252,6 +254,12 @@ def parse(prog, description, *plans):
 
 
 def run_all(args, plan):
-    names = [name for name in args.only if name in plan.runs]
+    names = [name for name in plan.runs if name in args.only]   # each after what it starts from
+    for name, seed in itertools.product(names, args.seeds):
+        before = plan.runs[name].after
+        if (before and before not in names and seed in plan.runs[name].seeds
+                and not plan.made(before, seed)):
+            raise UserError(f"{name} starts from {before} of seed {seed}, which is not made: add "
+                            f"{before} to --only")
     if names:
         (make_again if args.again else make_all)(plan, names, args.seeds, args.jobs)

@@ -20,8 +20,9 @@ def identity(entry):
     """What a new evaluation replaces: the same thing by the same protocol, whatever its weights."""
     protocol = {"resize": "tf1"}                # what records that say nothing of it stand for
     protocol |= {k: v for k, v in entry["protocol"].items() if k != "source"}
-    file = entry["protocol"]["source"]["file"]
-    return json.dumps([entry["what"], file, protocol], sort_keys=True)
+    source = entry["protocol"]["source"]
+    return json.dumps([entry["what"], source["file"], source.get("base"), protocol],
+                      sort_keys=True)
 
 
 def read_records(path):
@@ -57,8 +58,13 @@ def out_path(out, source, ours, force):
 
 
 def record(path, new, force):
-    """Add the new entries to the file; those of the same identity go."""
-    old = [] if force or not path.exists() else read_records(path)
+    """Add the new entries to the file; those of the same identity go. With force it may be any."""
+    try:
+        old = read_records(path) if path.exists() else []
+    except UserError:
+        if not force:
+            raise
+        old = []
     fresh = {identity(entry) for entry in new}
     kept = [entry for entry in old if identity(entry) not in fresh]
     write_json(path, {"format": 1, "evaluations": kept + new})
@@ -95,7 +101,9 @@ def cell(figure, form):
 def protocol_text(r):
     p, e = r["protocol"], r["environment"]
     clip = p.get("clip_score")
+    base = p["source"].get("base")
     parts = [f"{p['images']:,} images", f"seeds {', '.join(p['seeds'])}" if p["seeds"] else "",
+             f"pipeline {base}" if base else "",
              f"labels: {p['labels']}", prompts_text(p["prompts"]) if "prompts" in p else "",
              f"guidance {p['guidance']:g}" if "guidance" in p else "",
              p["rounding"], p.get("precision", ""),

@@ -30,14 +30,15 @@ TEXT_SIDE = 256                 # to which DMD, DMD2 and PMDD bring Stable Diffu
 # What is scored by a network of its own, not by Inception, and the shape of its images.
 OWN = {"digits": (load_digits_network, (1, 8, 8)), "emoji": (load_emoji_network, (3, 32, 32))}
 
+OWN_SIZE = "--side and --resize clean are for Inception; {} have a network of their own"
+
 
 def feature_network(dataset, cache=None, device="cpu", weights=None, resize="tf1"):
     """The network whose features score this dataset; `weights` is Inception's file, put by hand."""
     if dataset not in OWN:
         return load_inception(cache, device, weights, resize)
     if resize != "tf1":
-        raise UserError(f"--side and --resize clean are for Inception; {dataset} have a network of "
-                        "their own")
+        raise UserError(OWN_SIZE.format(dataset))
     return OWN[dataset][0](device=device)
 
 
@@ -136,9 +137,15 @@ class Judge:
             raise UserError(f"the published reference of {dataset} is of whole images, resized as "
                             "TensorFlow 1 does: leave out --side and --resize, or give --reference"
                             + how)
+        if not reference and dataset not in OWN and size not in (
+                None, DATASETS[dataset].network["img_resolution"]):
+            raise UserError(f"the published reference of {dataset} is of other images than these, "
+                            f"of {size} pixels: give --reference" + how)
         self.path = reference or find_reference(DATASETS[dataset].reference, cache)
         if not Path(self.path).is_file():
             raise UserError(f"no reference at {self.path}" + how)
+        if side and dataset in OWN:
+            raise UserError(OWN_SIZE.format(dataset))
         self.network = from_rank_zero(
             lambda: feature_network(dataset, cache, device, inception, resize))
         self.made = {} if dataset in OWN else {"resize": resize}

@@ -491,3 +491,6 @@ def test_a_student_alone_is_what_sampling_needs_of_a_runs_best(tmp_path):
     with pytest.raises(UserError, match="from text: python text_to_image.py export .*text.pt"):
         make_assets.main(["export", str(tmp_path / "text.pt"), str(tmp_path / "other.pt")])
     assert not (tmp_path / "other.pt").exists()
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match="in a run's folder"):
+        make_assets.main(["export", str(tmp_path / "best.pt"), str(tmp_path / "best.pt")])

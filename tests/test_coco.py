@@ -546,6 +546,7 @@ def test_a_record_of_before_there_was_a_choice_of_resize_is_replaced_by_the_same
     ("--dataset digits --runs none --clip", "--clip: assets/digits-student.pt is no text-to-image"),
     ("--dataset digits --runs none --side 16", "digits have a network of their own"),
     ("--dataset digits --runs none --resize clean", "digits have a network of their own"),
+    ("--dataset digits --runs none --side 8 --resize tf1", "digits have a network of their own"),
     ("--checkpoint pipeline --prompts prompts.json --guidance -1", "--guidance -1.0: must be 0 or"),
     ("--checkpoint pipeline --prompts prompts.json --guidance nan", "--guidance nan: must be 0 or"),
     ("--checkpoint student.pt --prompts prompts.json --guidance 2", "--guidance is for a teacher"),

@@ -255,12 +255,21 @@ def test_the_table_shows_the_records_and_their_protocols(tmp_path, monkeypatch, 
     assert lines[-1].startswith("Protocol 1: 50,000 images; seeds 0-49999; labels: random; trunc")
 
 
+def test_a_figure_around_another_pipeline_replaces_none():
+    protocol = {"source": {"file": "lora.safetensors", "sha256": "ef" * 32}}
+    kept, other = ({"what": "1 step", "protocol": protocol | {"source": protocol["source"] | base}}
+                   for base in ({}, {"base": "another"}))
+    assert evaluations.identity(kept) != evaluations.identity(other)
+
+
 # ---- What is refused ----
 
 def test_a_published_reference_is_held_against_figures_that_are_made_as_it_was():
     for how in ({"resize": "clean"}, {"side": 64}, {"side": 64, "resize": "tf1"}):
         with pytest.raises(UserError, match="leave out --side and --resize, or give --reference"):
             judge.Judge("cifar10", "cpu", **how)
+    with pytest.raises(UserError, match="of cifar10 is of other images than these, of 64 pixels"):
+        judge.Judge("cifar10", "cpu", size=64)
 
 
 BAD = ["--checkpoint none.pt", "--checkpoint student.pt --steps 4",
@@ -331,3 +340,5 @@ def test_force_replaces_a_file_that_is_no_record(student, monkeypatch):
     flags = ["--checkpoint", "student.pt", "--n", 100, "--out", "foreign.json"]
     assert call(monkeypatch, evaluate, *flags, "--force") == 0
     assert len(values("foreign.json")) == 3
+    assert call(monkeypatch, evaluate, *flags, "--steps", 1, "--force") == 0
+    assert len(values("foreign.json")) == 3                     # a record keeps what it has

@@ -313,6 +313,12 @@ def test_a_plain_state_dict_is_a_teacher_and_compare_finds_it(stage0, home, said
     code, out, _ = said(sample, "--dataset", "plain", "--heun", 2, "--n", 2)
     assert code == 0 and "plain.pt (teacher)" in out
     assert sample.load("plain.pt", teacher=True)(n=1, steps=2).shape == (1, 3, 16, 16)
+    torch.save({name: value + 1 for name, value in checkpoint.load(stage0)["ema"].items()},
+               home / "plain.pt")
+    code, _, err = said(sample, "--dataset", "plain", "--compare", "--n", 2, "--force")
+    assert code == 2 and "plain.pt holds other weights now: name the right file" in err
+    assert said(sample, "--dataset", "plain", "--compare", "--n", 2, "--force", "--teacher",
+                "plain.pt")[0] == 0
 
 
 def test_a_name_that_only_holds_that_of_a_known_data_set_is_the_users_own(home):

@@ -62,7 +62,7 @@ def test_it_is_measured_on_the_training_itself(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "results" / "average").glob("*.json")),
                          ids=lambda path: path.stem)
 def test_the_average_was_no_worse_in_any_row_that_was_measured(path):
-    dataset, method, stage = path.stem.split("-")
+    dataset, method, stage = path.stem.rsplit("-", 2)
     share = f"{rows.find(dataset, method, int(stage)).config.ema_rampup:g}"
     for one in json.loads(path.read_text())["curve"][1:]:
         weights, average = (sum(one[name]) / 2 for name in ("weights", share))
@@ -71,7 +71,11 @@ def test_the_average_was_no_worse_in_any_row_that_was_measured(path):
 
 @pytest.mark.parametrize("argv, said", [
     ("--stage 1", "holds a run; give another --folder"), ("", "give --stage 1, 2 or 3"),
-    ("--stage 1 --evaluate-every 0 --folder new", "--evaluate-every above 0")])
+    ("--stage 1 --evaluate-every 0 --folder new", "--evaluate-every above 0"),
+    ("--stage 1 --dry-run --folder new", "leave out --dry-run"),
+    ("--stage 1 --precision bf16 --folder new", "leave out --dry-run"),
+    ("--dataset cifar10 --stage 1 --reference none --teacher mine.pt", "mine.pt"),
+    ("--dataset sd15 --stage 1 --prompts prompts.txt --folder new", "with a reference")])
 def test_measuring_averages_touches_no_run(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     best = tmp_path / "runs" / "digits-pmdd" / "stage1" / "best.pt"

@@ -125,11 +125,12 @@ def test_only_what_was_recorded_is_made_again_and_nothing_stale_stays_beside_a_r
         recorded_runs.make_again(plan, ["dmd", "sid"], (0,), 1)
     stale = plan.record("dmd", 0, "unseen-pair.json")
     stale.parent.mkdir(parents=True)
-    stale.write_text("[]")
+    before = stale.with_name("constant-average.json")
+    stale.write_text("[]"), before.write_text("[]")
     monkeypatch.setattr(recorded_runs, "execute", lambda command: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         recorded_runs.make(plan, "dmd", 0, ["dmd"])
-    assert not stale.exists()
+    assert not stale.exists() and before.exists()
 
 
 def test_made_again_alone_it_starts_from_the_same_checkpoint(monkeypatch, tmp_path):
@@ -197,3 +198,14 @@ def test_a_plan_that_none_of_the_names_is_of_is_left_alone(monkeypatch):
         for plan in recipes.PLANS.values():
             recorded_runs.run_all(args, plan)
     assert made == [["digits-row"]] * 2
+
+
+def test_no_run_goes_on_from_one_that_is_not_made(monkeypatch, tmp_path):
+    made, plan = [], dataclasses.replace(tables.PLAN, kept=tmp_path / "kept")
+    monkeypatch.setattr(recorded_runs, "make_all", lambda plan, names, *rest: made.extend(names))
+    args = SimpleNamespace(only=["pmdd-2"], seeds=[0], jobs=1, again=False)
+    with pytest.raises(UserError, match="pmdd-2 starts from pmdd-1 of seed 0, which is not made"):
+        recorded_runs.run_all(args, plan)
+    args.only = ["pmdd-2", "pmdd-1"]
+    recorded_runs.run_all(args, plan)
+    assert made == ["pmdd-1", "pmdd-2"]

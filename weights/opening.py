@@ -33,7 +33,8 @@ class Opened:
     path: Path
     ours: bool
     class_names: tuple = ()
-    teacher: str = ""           # what a student was made from, where its file says
+    teacher: str = ""           # what a student was made from, where its file says, and sha256 of
+    teacher_digest: str = ""    # those weights
     base: str = ""              # name of the pipeline around a text-to-image network,
     pipeline: Pipeline | None = None    # and itself, once it is needed
     guidance: float = 1.0       # of a teacher; students have it in their weights
@@ -124,7 +125,8 @@ def open_network(source, *, sigmas=None, teacher=False, dataset=None, cache=None
         raise UserError(f"--base {base}: {source} is no text-to-image network")
     names = told.get("class_names") or (DATASETS[known].class_names if known in DATASETS else ())
     return Opened(network, levels, known, path, bool(payload), tuple(names),
-                  told.get("teacher", ""), base or pipeline)
+                  told.get("teacher", ""), told.get("made_from", {}).get("teacher", ""),
+                  base or pipeline)
 
 
 def hinted(name, network):
@@ -271,8 +273,13 @@ def open_teacher(args, student=None):
     if made and made.base and not source:
         opened = open_pipeline(made.base, made.dataset)
     else:
+        own = not source and made and made.teacher_digest
         source = source or (teacher_of(made) if made else default_teacher(args.dataset or "digits"))
-        opened = open_network(source, teacher=True, dataset=args.dataset, cache=args.cache)
+        opened = open_network(source, teacher=True, cache=args.cache,
+                              dataset=args.dataset or made and made.dataset)
+        if own and checkpoint.weights_digest(opened.network.state_dict()) != own:
+            raise UserError(f"{made.name} was made from {made.teacher}, and {opened.name} holds "
+                            "other weights now: name the right file with --teacher FILE")
     if opened.sigmas:
         raise UserError(f"{opened.name} is a student of {len(opened.sigmas)} steps, not a teacher; "
                         "it takes --steps")
