@@ -1,7 +1,8 @@
 """Two exceptions that end a program with one line, and where they become exit codes.
 
 Exit codes of every script: 0 done; 1 the run failed; 2 the user's mistake; 3 stopped by a signal
-after saving, the same command goes on; 130 interrupted before there was anything to save.
+after saving, the same command goes on; 130 interrupted before there was anything to save,
+or by a second Ctrl-C.
 """
 
 import argparse

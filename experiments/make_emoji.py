@@ -12,6 +12,7 @@
 
 import json
 import math
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -218,6 +219,7 @@ def make_student():
     network = network_from(payload)
     network.unet.half()
     facts = {name: payload[name] for name in ("method", "stage", "iteration")}
+    shutil.rmtree(STUDENT, ignore_errors=True)          # export() replaces no folder
     print(export(network, payload["pipeline"], payload["sigmas"], STUDENT, facts))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of recorded runs for the README; the curves need matplotlib."""
+"""Pictures of recorded runs of the digits, for docs/; they need matplotlib."""
 
 import numpy as np
 from PIL import Image

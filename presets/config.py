@@ -19,7 +19,8 @@ class Config:
                          ("pmdd", "dmd", "dmd2", "sid"))
     stage: int = option(1, "steps of the student; 0 trains a teacher with EDM's loss (default: "
                            "with PMDD 1, 2, 3 in turn, else 1)")
-    teacher: str = option("", "published name, or file, of the pretrained denoiser")
+    teacher: str = option("", "published name, or file, of the pretrained denoiser; of text to "
+                              "image a pipeline's folder or its name on the model hub")
     guidance: float = option(1.0, "classifier-free guidance of the teacher; 1: none")
     start_from: str = option("", "checkpoint whose student and adapted network start this run; "
                                  "empty: the stage before, or the teacher")

@@ -82,7 +82,8 @@ def parser():
                         help="another row of the same paper: unconditional, no-gan, longer, gan, "
                              "guidance-8, pretraining; fast: ours, of PMDD's rows")
     how = parser.add_argument_group("where and how")
-    how.add_argument("--folder", help="folder of the run (default: runs/<dataset>-<method>)")
+    how.add_argument("--folder", help="folder of the run (default: runs/<dataset>-<method>, with "
+                                      "-<variant> where one is given)")
     how.add_argument("--data", help="real images: digits, emoji, cifar10, a folder, a zip, or "
                                     "CIFAR-10's archive (default: the dataset's own)")
     how.add_argument("--reference", help="FID reference, an npz with mu and sigma (default: the "
@@ -98,7 +99,7 @@ def parser():
     how.add_argument("--batch-per-gpu", type=int, default=0,
                      help="images of one forward pass; smaller ones accumulate gradients (0: all)")
     how.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32",
-                     help="tf32: tensor cores; bf16: autocast, weights in fp32")
+                     help="tf32: tensor cores; bf16: autocast, trained weights in fp32")
     how.add_argument("--compile", action="store_true", help="torch.compile the networks")
     how.add_argument("--shard", action="store_true",
                      help="each process keeps its share of every network, gradient and Adam state "

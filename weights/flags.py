@@ -19,8 +19,9 @@ class Parser(errors.Parser):
         what = self.add_argument_group("which network")
         what.add_argument("--checkpoint", metavar="FILE",
                           help="a checkpoint of train.py, a published name such as "
-                               "edm-cifar10-32x32-cond-vp, an EDM or SiD .pkl, or DMD2's "
-                               "pytorch_model.bin (default: the newest student under --runs, else "
+                               "edm-cifar10-32x32-cond-vp, an EDM or SiD .pkl, DMD2's "
+                               "pytorch_model.bin, of text to image also its .safetensors or an "
+                               "exported folder (default: the newest student under --runs, else "
                                "the embedded one)")
         what.add_argument("--teacher", metavar="FILE", nargs="?", const=True,
                           help="sample a teacher by Heun's method: FILE, else --checkpoint, else "
