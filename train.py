@@ -230,7 +230,7 @@ def distill(config, options, device, stop):
         losses, images = iterate(config, roles, optimizers, parts, step % config.ttur == 0,
                                  autocast)
         log.take(step, losses, images)
-        stopping = log.stopping(step)
+        stopping = distributed.any_rank(bool(stop.received))
         if log.save_due(step) or stopping:
             log.save(roles, optimizers, step + 1, log.score_due(step) and not stopping)
         if stopping:

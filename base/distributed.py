@@ -33,8 +33,8 @@ def start(device=None):
         raise UserError("RANK and WORLD_SIZE are set, MASTER_ADDR is not: start with torchrun, "
                         "which sets all of them, or unset these two")
     if launched() and not dist.is_initialized():
-        dist.init_process_group("nccl" if mine else "gloo", **meeting_place(), device_id=mine,
-                                timeout=datetime.timedelta(hours=6))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if mine else "gloo", **meeting_place(),
+                                device_id=mine, timeout=datetime.timedelta(hours=6))
     if kind == "cpu":
         keep_freed_memory()
     return mine or torch.device("cpu")
@@ -146,13 +146,22 @@ def share_of(value, like):
     return distribute_tensor(value.to(mesh.device_type), mesh, like.placements, src_data_rank=None)
 
 
-def any_rank(flag, device):
-    """True on every rank if it is True on one."""
-    if world_size() == 1:
-        return flag                                     # without waiting for the device
-    votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes)
+def any_rank(flag):
+    """True on every rank if it is True on one; no device is waited for."""
+    votes = torch.tensor(float(flag))
+    if dist.is_initialized():
+        dist.all_reduce(votes)
     return votes.item() > 0
+
+
+def same_everywhere(value, what):
+    """Refuse to begin where a rank sees something else than rank 0."""
+    first = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(first)
+    if first != [value]:
+        raise UserError(f"{what} are others for process {rank()} than for the first one ({value}, "
+                        f"{first[0]}): all need one folder that each of them sees")
 
 
 def mean_over_ranks(values):

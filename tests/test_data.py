@@ -513,6 +513,11 @@ def test_pairs_made_with_an_interruption_equal_those_made_in_one_go(
     assert len(contents(tmp_path / "whole" / "pairs")) == 4     # and about.json
 
 
+def test_a_part_that_is_not_in_this_folder_was_made_in_another(tmp_path):
+    with pytest.raises(RunFailed, match="lacks 0 to 9, which another process made: all need one"):
+        kept.open_part(tmp_path, range(10))
+
+
 def test_a_signal_stops_it_after_a_part_which_is_kept(teacher, tmp_path, monkeypatch, capsys):
     whole = make(teacher, tmp_path / "whole")
     stop, real, made = SimpleNamespace(received=None), kept.write_part, []

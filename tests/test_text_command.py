@@ -355,6 +355,12 @@ def test_pictures_with_captions_are_the_same_in_every_form(run, here, trained, t
     # In another order the latents kept would have the captions of other pictures.
     renamed, again = shutil.copytree(here / "beside", tmp_path / "renamed"), tmp_path / "again"
     assert run(*gan, "--data", renamed, "--folder", again) == 0
+    caption = min(renamed.glob("*.txt"))
+    said = caption.read_text()
+    caption.write_text("something else")
+    assert run(*gan, "--data", renamed, "--folder", again) == 2
+    assert "latents was made with" in capsys.readouterr().err
+    caption.write_text(said)
     last = max(path.stem for path in renamed.iterdir())
     for path in [*renamed.glob(f"{last}.*")]:
         path.rename(path.with_stem("0"))
@@ -631,7 +637,7 @@ REFUSED = [                             # what is spoilt, the flags, what the li
      "--data emoji: pictures of 32 pixels a side, those of .*pipeline have 16"),
     (small_pictures, "--dataset emoji",
      r"--dataset emoji: --teacher pipeline has images of shape \[3, 16, 16\], emoji are"),
-    (None, "--stage 2", "stage 2 starts from .*stage1/best.pt, which is not there"),
+    (None, "--stage 2", "stage 2 starts from .*stage1/best.pt, which is no file"),
     (None, "--reference nowhere.npz", "no reference at nowhere.npz")]
 
 
@@ -654,7 +660,7 @@ def test_a_wrong_training_command_is_one_line_and_leaves_nothing(
 
 @pytest.mark.parametrize("script, argv, message", [
     (train, "--dataset sd15 --teacher pipeline --stage 1 --folder new",
-     "give --prompts FILE, one prompt a line"),
+     "give --prompts FILE, one a line"),
     (train, "--dataset digits --prompts prompts.txt", "--prompts: digits has no text"),
     (train, "--dataset sd15 --stage 0", "no preset for --dataset sd15 --method pmdd --stage 0"),
     (sample, "--dataset digits --prompt a", "--prompt or .*digits-student.pt is no text-to-image"),

@@ -38,7 +38,7 @@ from training.draws import Sources, draw
 from training.kept import Rows
 from training.options import parse
 from training.passes import Passes
-from training.roles import Before, Roles, assemble, load_roles, trainable
+from training.roles import Before, Roles, assemble, load_roles, place, trainable
 from weights import checkpoint
 
 CPU = torch.device("cpu")
@@ -216,11 +216,37 @@ def test_a_signal_that_reaches_one_process_stops_all_of_them(teacher, tmp_path, 
     with monkeypatch.context() as patched:
         patched.setattr(train, "draw", told)
         in_ranks(2, train, *stopped, cwd=ROOT, code=3)
-    assert checkpoint.load(tmp_path / "stopped" / "stage1" / "latest.pt")["iteration"] < 7
+    assert checkpoint.load(tmp_path / "stopped" / "stage1" / "latest.pt")["iteration"] == 4
     for argv in (stopped, whole):
         in_ranks(2, train, *argv, cwd=ROOT)
     one, other = state(tmp_path / "stopped"), state(tmp_path / "whole")
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_processes_that_see_other_checkpoints_do_not_begin(teacher, tmp_path, monkeypatch, capfd):
+    whole = flags(teacher, tmp_path, "--stage", "1")
+    in_ranks(2, train, *whole, cwd=ROOT)
+    before = (tmp_path / "stage1" / "latest.pt").read_bytes()
+    real = checkpoint.load_latest
+    monkeypatch.setattr(checkpoint, "load_latest", lambda *args, **more: (
+        None if os.environ["RANK"] == "1" else real(*args, **more)))
+    _, second = in_ranks(2, train, *flags(teacher, tmp_path, "--stage", "1", "--force",
+                                          iterations=9), cwd=ROOT, code=None)
+    assert second == 2
+    assert "for process 1 than for the first one (None, 7)" in capfd.readouterr().err
+    assert (tmp_path / "stage1" / "latest.pt").read_bytes() == before
+
+
+def test_an_average_that_waits_on_the_host_is_put_there_whole():
+    class Network(torch.nn.Linear):
+        def to(self, device):
+            where[self.in_features] = device
+
+    where, roles = {}, SimpleNamespace(teacher=None, previous=None, adapted=None,
+                                       student=Network(1, 1), ema=Network(2, 1))
+    place(roles, SimpleNamespace(shard=False, recompute=False, ema_on_host=True, compile=False),
+          "device")
+    assert where == {1: "device", 2: "cpu"}
 
 
 def test_a_signal_between_two_stages_is_not_lost(teacher, tmp_path):
@@ -908,7 +934,8 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for():
 @pytest.mark.parametrize("argv, message", [
     (["--stage", "2"], "python train.py --dataset digits --stage 1 --folder .* makes it"),
     (["--stage", "1", "--teacher", "nowhere.pt"], "no such file and no published name"),
-    (["--stage", "1", "--start-from", "nowhere.pt"], "nowhere.pt, which is not there"),
+    (["--stage", "1", "--start-from", "nowhere.pt"], "nowhere.pt, which is no file"),
+    (["--stage", "1", "--start-from", "."], "which is no file; --start-from has to name the best"),
     (["--stage", "1", "--batch-per-gpu", "3"], "--batch-per-gpu 3 does not divide the 8 images"),
     (["--method", "dmd2", "--data", "nowhere"], "no images at nowhere"),
     (["--stage", "1", "--reference", "nowhere.npz"], "nowhere.npz"),

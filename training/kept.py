@@ -81,7 +81,10 @@ def write_part(folder, part, rows):
 
 
 def open_part(folder, part):
-    path, *_ = files_of(folder, part)
+    if not (found := files_of(folder, part)):
+        raise RunFailed(f"{folder} lacks {part[0]} to {part[-1]}, which another process made: all "
+                        "need one folder that each of them sees")
+    path, *_ = found
     try:
         if distributed.rank() == 0 and file_digest(path)[:16] != path.stem.rpartition("-")[2]:
             raise ValueError("its hash is not that of its name")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from base.errors import UserError
+from base.files import lines_digest
 from images.captioned import open_captioned
 from training.kept import Rows, made_once
 
@@ -43,6 +44,6 @@ def latents_of(source, opened, network, folder, device, stop):
         return rows
 
     about = dict(source=str(source), count=len(images), order=images.order, size=pipeline.size,
-                 pipeline=opened.base)
+                 pipeline=opened.base, captions=lines_digest(images.captions))
     rows = made_once(folder / "latents", about, len(images), PART, make, "latents", stop)
     return Latents(rows, pipeline.conditions(images.captions, network))

@@ -163,12 +163,6 @@ class Log:
         return (self.score_due(step) or (step + 1) % self.config.save_every == 0
                 or step + 1 == self.config.iterations)
 
-    def stopping(self, step):
-        """Whether to save and leave; several processes agree on it only when they log."""
-        if distributed.world_size() > 1 and not (self.due(step) or self.save_due(step)):
-            return False
-        return distributed.any_rank(bool(self.stop.received), self.device)
-
     def take(self, step, losses, images):
         """Keep an iteration's losses on their device; read and write them when that is due."""
         self.unread.append((step, losses))

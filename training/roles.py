@@ -78,8 +78,8 @@ def starting_point(config, options, teacher, digest):
     if not path.is_file():
         how = (f"python train.py --dataset {config.dataset} --stage {config.stage - 1} "
                f"--folder {options.folder.parent} makes it" if not config.start_from else
-               "the run before it has to be made first, or --start-from has to name another")
-        raise UserError(f"stage {config.stage} starts from {path}, which is not there; {how}")
+               "--start-from has to name the best.pt of a run that was made before")
+        raise UserError(f"stage {config.stage} starts from {path}, which is no file; {how}")
     payload = checkpoint.load(path, needs=checkpoint.SAMPLED)
     if payload["dataset"] != config.dataset:
         raise UserError(f"{path} is of dataset {payload['dataset']}, this run of {config.dataset}")
@@ -183,8 +183,8 @@ def place(roles, options, device):
                 recompute(bare(network).blocks)
             if options.shard:
                 distributed.shard(network, device, on_host)
-            elif not on_host:
-                network.to(device)
+            else:
+                network.to("cpu" if on_host else device)
             if options.compile:
                 compile_network(network)
 
@@ -242,8 +242,7 @@ def assemble(config, teacher, begin=None):
 def prompts_of(config, options):
     prompts = prompts_for(config.dataset, options.prompts, emoji.PICTURES)
     if not prompts:
-        raise UserError("text to image is trained on prompts: give --prompts FILE, one prompt a "
-                        "line")
+        raise UserError("text to image is trained on prompts: give --prompts FILE, one a line")
     return prompts
 
 
@@ -318,6 +317,7 @@ def resume(config, options, roles, optimizers):
     """Load latest.pt into the roles; returns what came before."""
     folder = options.folder
     saved = checkpoint.load_latest(folder, say=say, needs=checkpoint.RESUMED)   # on the CPU
+    distributed.same_everywhere(saved and saved["iteration"], f"the checkpoints in {folder}")
     best_fid = checkpoint.best_fid(folder, judged_by(config, options))
     if saved is None:
         return Before(best_fid=best_fid)
