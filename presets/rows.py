@@ -200,7 +200,8 @@ PRESETS = {
     ("emoji", "dmd2", 1, "gan"): Preset(
         replace(EMOJI_ROW, method="dmd2", gan_weight=1e-3), OURS_TEXT, CPU, None),
     ("emoji", "sid", 1, ""): Preset(
-        replace(EMOJI_ROW, method="sid", loss="sid", ttur=1, alpha=1.0, learning_rate=5e-5),
+        replace(EMOJI_ROW, method="sid", loss="sid", ttur=1, alpha=1.0, learning_rate=5e-5,
+                ema_rampup=0.05),
         OURS_TEXT, CPU, None),
 
     ("digits", "pmdd", 0, ""): Preset(
