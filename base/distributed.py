@@ -98,7 +98,7 @@ def parallel(module):
 
 def sync_gradients(module, last):
     """Forward and backward under this: gradients are summed over ranks at the last part only."""
-    if sharded(module):
+    if hasattr(module, "set_requires_gradient_sync"):   # sharded
         module.set_requires_gradient_sync(last)
     alone = last or not isinstance(module, DistributedDataParallel)
     return contextlib.nullcontext() if alone else module.no_sync()
