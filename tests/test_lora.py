@@ -12,11 +12,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import sample
 import tiny_pipelines
 import train
 from base.errors import UserError
 from helpers import call
+from images.captioned import Asked
 from losses import denoising_loss
 from models import AdaptedWithHead, sample_seeds, sample_student
 from training import plan as plans
@@ -377,6 +379,10 @@ def test_a_published_student_is_sampled_and_compared_by_the_users_commands(here,
         *inputs, sigmas=opened.sigmas), [0, 0])
     expected = opened.network.pixels(images).permute(0, 2, 3, 1).numpy()
     assert np.abs(np.load("a.npz")["arr_0"].astype(int) - expected).max() <= 1
+    for base in ("", str(here / "xl")):                 # a record says what was around the network
+        args = evaluate.parse(["--checkpoint", flags[1], *["--base", base][:2 * bool(base)]])
+        job = evaluate.student_job(opened, Asked(["a cat"], {}), args, torch.device("cpu"))
+        assert job.protocol[0]["source"].get("base", "") == base
 
 
 def test_a_lora_of_another_base_is_refused_in_one_line(here, trained, run, monkeypatch, tmp_path,

@@ -273,11 +273,11 @@ def open_teacher(args, student=None):
     if made and made.base and not source:
         opened = open_pipeline(made.base, made.dataset)
     else:
-        own = not source and made and made.teacher_digest
+        digest = not source and made and made.teacher_digest
         source = source or (teacher_of(made) if made else default_teacher(args.dataset or "digits"))
         opened = open_network(source, teacher=True, cache=args.cache,
                               dataset=args.dataset or made and made.dataset)
-        if own and checkpoint.weights_digest(opened.network.state_dict()) != own:
+        if digest and checkpoint.weights_digest(opened.network.state_dict()) != digest:
             raise UserError(f"{made.name} was made from {made.teacher}, and {opened.name} holds "
                             "other weights now: name the right file with --teacher FILE")
     if opened.sigmas:
