@@ -88,7 +88,11 @@ def changes_of(dataset):
         **{name: (f"{second} --learning-rate {rate / 2:g}", f"{name}-first", 0.5)
            for name, (_, second) in halves.items()},
         "near": (f"--stage 2 {study.near}".strip(), "row", 1),
-        "far": (f"--stage 2 {study.far}".strip(), "row", 1)}
+        "far": (f"--stage 2 {study.far}".strip(), "row", 1),
+        # Both stages of `near` in as many passes, divided otherwise.
+        "early-first": ("", "", 0.5), "late-first": ("", "", 1.5),
+        "early": (f"--stage 2 {study.near}".strip(), "early-first", 1.5),
+        "late": (f"--stage 2 {study.near}".strip(), "late-first", 0.5)}
 
 
 CHANGES = {dataset: changes_of(dataset) for dataset in STUDIES}
