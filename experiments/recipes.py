@@ -61,6 +61,7 @@ def changes_of(dataset):
     the passes)."""
     study, row = STUDIES[dataset], find(dataset, "pmdd", 1).config
     rate, batch = row.learning_rate, row.batch
+    near, far = (f"--stage 2 {flags}".strip() for flags in (study.near, study.far))
     # In two halves: the second goes on at the rate that the first has reached.
     halves = {"ttur-falls": (f"--ttur {study.more}", f"--ttur {study.fewer}"),
               "ttur-rises": (f"--ttur {study.fewer}", f"--ttur {study.more}"),
@@ -87,12 +88,10 @@ def changes_of(dataset):
            for name, (first, _) in halves.items()},
         **{name: (f"{second} --learning-rate {rate / 2:g}", f"{name}-first", 0.5)
            for name, (_, second) in halves.items()},
-        "near": (f"--stage 2 {study.near}".strip(), "row", 1),
-        "far": (f"--stage 2 {study.far}".strip(), "row", 1),
+        "near": (near, "row", 1), "far": (far, "row", 1),
         # Both stages of `near` in as many passes, divided otherwise.
         "early-first": ("", "", 0.5), "late-first": ("", "", 1.5),
-        "early": (f"--stage 2 {study.near}".strip(), "early-first", 1.5),
-        "late": (f"--stage 2 {study.near}".strip(), "late-first", 0.5)}
+        "early": (near, "early-first", 1.5), "late": (near, "late-first", 0.5)}
 
 
 CHANGES = {dataset: changes_of(dataset) for dataset in STUDIES}
