@@ -3,8 +3,8 @@
     python -m experiments.measure_average --stage 1 --iterations 2000 --folder runs/average
 
 Takes the flags of train.py, for one stage of a new folder. No average acts on the training, so all
-of them see the same weights. Writes results/average/<data set>-<method>-<stage>.json, and best.pt
-for the stage after.
+of them see the same weights. Writes results/average/<data set>-<method>-<stage>.json, with the
+variant where it has one, and best.pt for the stage after.
 """
 
 import copy
@@ -23,7 +23,7 @@ from presets.datasets import DATASETS
 from train import iteration, make_optimizers, open_sources, set_rate
 from training.draws import draw
 from training.log import StopSignal, best_of
-from training.options import parse
+from training.options import parse, parser
 from training.roles import load_roles, payload
 from weights.checkpoint import save
 
@@ -91,11 +91,12 @@ def main():
         raise UserError(f"allowed: a row of {', '.join(DATASETS)} with a reference (--reference)")
     curve = measure(config, options)
     command = f"python -m experiments.measure_average {shlex.join(sys.argv[1:])}"
-    path = ROOT / "results" / "average" / (
-        f"{config.dataset}-{config.method}-{config.stage}.json")
+    row = config.dataset, config.method, config.stage, parser().parse_args().variant
+    path = ROOT / "results" / "average" / f"{'-'.join(map(str, filter(None, row)))}.json"
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {"command": command, "versions": versions(), "iterations": config.iterations,
-                      "images": config.evaluate_images, "curve": curve})
+    write_json(path, {"command": command, "row": row, "versions": versions(),
+                      "iterations": config.iterations, "images": config.evaluate_images,
+                      "curve": curve})
 
 
 if __name__ == "__main__":

@@ -212,12 +212,14 @@ def averages():
 def averages_of_rows():
     """The weights and the row's own average, from the second evaluation on, of each block."""
     rows = []
-    for path in sorted((ROOT / "results" / "average").glob("*.json")):
-        dataset, method, stage = path.stem.rsplit("-", 2)
-        share = f"{find(dataset, method, int(stage)).config.ema_rampup:g}"
-        rows += [[f"{dataset}, {method}, stage {stage}", f"{one['iterations']:,}",
+    for path in sorted((ROOT / "results" / "average").glob("*.json"), key=lambda path: path.stem):
+        measured = read_json(path)
+        dataset, method, stage, variant = measured["row"]
+        share = f"{find(dataset, method, stage, variant).config.ema_rampup:g}"
+        name = f"{dataset}, {' '.join(filter(None, (method, variant)))}, stage {stage}"
+        rows += [[name, f"{one['iterations']:,}",
                   *(f"{value:.2f}" for name in ("weights", share) for value in one[name])]
-                 for one in read_json(path)["curve"][1:]]
+                 for one in measured["curve"][1:]]
     return markdown(["row", "iterations", "the weights", "other images", "the average",
                      "other images"], rows)
 

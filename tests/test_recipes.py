@@ -63,9 +63,9 @@ def test_it_is_measured_on_the_training_itself(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "results" / "average").glob("*.json")),
                          ids=lambda path: path.stem)
 def test_the_average_was_no_worse_in_any_row_that_was_measured(path):
-    dataset, method, stage = path.stem.rsplit("-", 2)
-    share = f"{rows.find(dataset, method, int(stage)).config.ema_rampup:g}"
-    for one in json.loads(path.read_text())["curve"][1:]:
+    measured = json.loads(path.read_text())
+    share = f"{rows.find(*measured['row']).config.ema_rampup:g}"
+    for one in measured["curve"][1:]:
         weights, average = (sum(one[name]) / 2 for name in ("weights", share))
         assert average < weights + abs(one["weights"][0] - one["weights"][1])
 
@@ -85,6 +85,18 @@ def test_measuring_averages_touches_no_run(argv, said, tmp_path, monkeypatch, ca
     assert call(monkeypatch, measure_average, *argv.split()) == 2
     assert said in capsys.readouterr().err and best.read_bytes() == b"kept"
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [best]
+
+
+def test_a_variant_has_its_own_record_of_averages(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_average, "ROOT", tmp_path)
+    monkeypatch.setattr(measure_average, "measure", lambda config, options: [])
+    (tmp_path / "results").mkdir()
+    for variant, row in (([], ["digits", "pmdd", 2, ""]),
+                         (["--variant", "fast"], ["digits", "pmdd", 2, "fast"])):
+        call(monkeypatch, measure_average, "--stage", "2", *variant, "--folder",
+             str(tmp_path / "new"))
+        name = "digits-pmdd-2" + "-fast" * bool(variant)
+        assert json.loads((tmp_path / f"results/average/{name}.json").read_text())["row"] == row
 
 
 @pytest.fixture(scope="module")
