@@ -254,9 +254,10 @@ def draw(dataset):
                       label=name if seed == seeds[0] else None)
     axis.set(xlabel="million network passes", ylabel=plan.metric, xscale="log", yscale="log")
     for one in (axis.xaxis, axis.yaxis):
+        one.set_major_locator(plt.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         one.set_major_formatter("{x:g}")
-        one.set_minor_formatter("{x:g}")
-    axis.tick_params(which="both", labelsize=7)
+        one.set_minor_locator(plt.NullLocator())
+    axis.tick_params(labelsize=8)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     (ROOT / plan.kept).mkdir(parents=True, exist_ok=True)
