@@ -216,8 +216,8 @@ def averages_of_rows():
         measured = read_json(path)
         dataset, method, stage, variant = measured["row"]
         share = f"{find(dataset, method, stage, variant).config.ema_rampup:g}"
-        name = f"{dataset}, {' '.join(filter(None, (method, variant)))}, stage {stage}"
-        rows += [[name, f"{one['iterations']:,}",
+        row = f"{dataset}, {' '.join(filter(None, (method, variant)))}, stage {stage}"
+        rows += [[row, f"{one['iterations']:,}",
                   *(f"{value:.2f}" for name in ("weights", share) for value in one[name])]
                  for one in measured["curve"][1:]]
     return markdown(["row", "iterations", "the weights", "other images", "the average",
